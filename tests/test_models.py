@@ -1,0 +1,146 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nbs_lib.models.torchvision_ops as torchvision_ops
+from nbs_lib.models import MODELS, build
+
+SMALL = ["vgg16_cifar", "resnet18_cifar", "resnet50_cifar", "mobilenet_v2_cifar", "resnet20", "resnet56"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_cifar_forms_run_at_any_width(name):
+    model = build(name, num_classes=7, width=0.25).eval()
+    with torch.no_grad():
+        assert model(torch.randn(3, 3, 32, 32)).shape == (3, 7)
+        assert model(torch.randn(1, 3, 40, 33)).shape == (1, 7)
+    whole = sum(p.numel() for p in build(name).parameters())
+    assert sum(p.numel() for p in model.parameters()) < whole / 4
+
+
+def parameters(name, **options):
+    return sum(p.numel() for p in build(name, **options).parameters())
+
+
+def test_sizes_are_the_published_ones():
+    assert parameters("resnet20") == 269_722  # He et al. 2016, table 6: 0.27 M
+    assert parameters("resnet56") == 853_018  # 0.85 M
+    assert parameters("resnet18") == 11_689_512
+    assert parameters("resnet50") == 25_557_032
+    assert parameters("mobilenet_v2") == 3_504_872
+    # The CIFAR forms differ from ImageNet's in the stem's kernel (3x3) and in the number of classes only.
+    assert parameters("resnet18_cifar", num_classes=1000) == 11_689_512 - 64 * 3 * (49 - 9)
+    assert parameters("resnet50_cifar", num_classes=1000) == 25_557_032 - 64 * 3 * (49 - 9)
+    assert parameters("mobilenet_v2_cifar", num_classes=1000) == 3_504_872
+
+
+def maps(model, size):
+    """Output sizes of all convolutions for one square image."""
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    return seen
+
+
+def test_cifar_forms_keep_large_maps():
+    assert maps(build("resnet18_cifar", width=0.25), 32)[:6] == [32, 32, 32, 32, 32, 16]
+    assert maps(build("mobilenet_v2_cifar", width=0.25), 32)[:8] == [32] * 8
+    assert maps(build("mobilenet_v2_cifar", width=0.25), 32)[-1] == 4
+    assert maps(build("vgg16_cifar", width=0.25), 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
+
+
+def test_resnet20_has_the_keys_of_the_public_checkpoints():
+    state = build("resnet20").state_dict()
+    assert state["conv1.weight"].shape == (16, 3, 3, 3)
+    assert state["layer1.0.conv1.weight"].shape == (16, 16, 3, 3)
+    assert state["layer3.2.bn2.running_var"].shape == (64,)
+    assert state["linear.weight"].shape == (10, 64)
+    assert len(state) == 19 * 6 + 2
+    assert not [key for key in state if "downsample" in key]
+
+
+def test_option_a_shortcut_subsamples_and_pads_both_sides():
+    shortcut = build("resnet20").layer2[0].downsample
+    x = torch.randn(2, 16, 7, 9)
+    y = shortcut(x)
+    assert y.shape == (2, 32, 4, 5)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any() and not y[:, 24:].any()
+
+
+def test_imagenet_forms_are_torchvisions():
+    assert list(build("resnet18").state_dict())[0] == "conv1.weight"
+    assert build("mobilenet_v2", num_classes=5).classifier[1].out_features == 5
+    with pytest.raises(KeyError, match="NO_SUCH_WEIGHTS"):  # torchvision reads them
+        build("resnet18", weights="NO_SUCH_WEIGHTS")
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(KeyError, match="Expected a model's name, one of vgg16_cifar, .*resnet50.*Got 'resnet9'"):
+        build("resnet9")
+    assert set(SMALL) < set(MODELS)
+
+
+def python(code, *paths):
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), root])}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_torchvision_imports_after_a_first_failure():
+    code = """
+try:
+    import torchvision
+except RuntimeError:
+    pass  # a PyTorch build that torchvision's compiled operators do not fit
+import nbs_lib.models
+from nbs_lib.models.torchvision_ops import ensure_torchvision
+ensure_torchvision()
+import torchvision
+assert torchvision.models.resnet18 is nbs_lib.models.MODELS["resnet18"]
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+OPERATORS = f"import runpy; ensure = runpy.run_path({torchvision_ops.__file__!r})['ensure_torchvision']\n"
+
+
+def fake_torchvision(folder, body):
+    package = folder / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(body)
+    (package / "part.py").write_text("import builtins\nbuiltins.tries = getattr(builtins, 'tries', 0) + 1\n")
+
+
+def test_missing_operators_are_declared_once_and_halves_of_modules_are_dropped(tmp_path):
+    body = """
+import torch
+from torchvision import part
+for name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, name):
+        raise RuntimeError(f"operator torchvision::{name} does not exist")
+"""
+    fake_torchvision(tmp_path, body)
+    check = """
+import builtins, gc, torch
+ensure(); gc.collect(); ensure()
+import torchvision
+assert builtins.tries == 2, builtins.tries
+assert torch.ops.torchvision.nms.default._schema.arguments[2].name == "iou_threshold"
+"""
+    result = python(OPERATORS + check, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_other_import_errors_are_not_hidden(tmp_path):
+    fake_torchvision(tmp_path, "raise RuntimeError('something else')\n")
+    result = python(OPERATORS + "ensure()", tmp_path)
+    assert result.returncode == 1 and result.stderr.strip().endswith("RuntimeError: something else")
