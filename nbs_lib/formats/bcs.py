@@ -1,0 +1,54 @@
+"""BCS, Blocked Compressed Storage (mapping 4.3, Fig. 4): a run of rows with identical columns stores them once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbs_lib.formats.packed import Packed, as_matrix, prefix
+
+
+@dataclass(frozen=True, eq=False)
+class BCS(Packed):
+    """Run r: packed rows occurrence[r:r+2], columns compact_column from column_stride[r:r+2] (start and end).
+    Packed row i: row row_order[i] of the weight, its weights from row_offset[i:i+2]."""
+
+    compact_column: np.ndarray
+    column_stride: np.ndarray
+    occurrence: np.ndarray
+    row_offset: np.ndarray
+    row_order: np.ndarray
+
+    @classmethod
+    def pack(cls, weight: np.ndarray, reorder: bool = True) -> "BCS":
+        """Pack a float32 weight (P, Q) or (P, Q, Kh, Kw), the latter seen as P x (Q*Kh*Kw). `reorder` makes rows with
+        identical columns neighbours; runs go from most to fewest non-zeros a row, equal ones as they came."""
+        kept = (matrix := as_matrix(weight)) != 0
+        seen: dict[bytes, int] = {}
+        alike = np.array([seen.setdefault(bits.tobytes(), len(seen)) for bits in np.packbits(kept, axis=1)])
+        order = np.lexsort((alike, -kept.sum(1))) if reorder else np.arange(len(matrix))
+        matrix, kept, alike = matrix[order], kept[order], alike[order]
+        lists = kept[starts := np.flatnonzero(np.diff(alike, prepend=-1))]
+        columns = (np.flatnonzero(lists) % matrix.shape[1]).astype(np.int32)
+        runs, offset = np.append(starts, len(matrix)).astype(np.int32), prefix(kept.sum(1))
+        return cls(weight.shape, matrix[kept], columns, prefix(lists.sum(1)), runs, offset, order.astype(np.int32))
+
+    def groups(self):
+        """Each run as (rows of the weight, the columns they share, float32 block (rows, columns))."""
+        for run, (a, b) in enumerate(zip(self.occurrence[:-1], self.occurrence[1:], strict=True)):
+            columns = self.compact_column[self.column_stride[run] : self.column_stride[run + 1]]
+            block = self.weights[self.row_offset[a] : self.row_offset[b]]
+            yield self.row_order[a:b], columns, block.reshape(b - a, columns.size)
+
+    @property
+    def inverse_order(self) -> np.ndarray:
+        """Where each row of the weight lies among the packed rows, int32 (P,)."""
+        return np.argsort(self.row_order).astype(np.int32)
+
+    def check(self) -> None:
+        rows, runs = np.arange(self.shape[0]), self.occurrence
+        holds = runs.size > 1 and runs[0] == 0 and runs[-1] == len(rows) and (runs[1:] > runs[:-1]).all()
+        self.expect("occurrence", f"to rise from 0 to {len(rows)}", holds)
+        self.expect_lists("column_stride", "compact_column", runs.size - 1)
+        offset = prefix(np.repeat(np.diff(self.column_stride), np.diff(runs)))
+        self.expect("row_offset", "to step by its run's columns", np.array_equal(self.row_offset, offset))
+        self.expect("row_order", "to permute the rows", np.array_equal(np.sort(self.row_order), rows))
