@@ -1,0 +1,63 @@
+"""The cache of measurements: append-only CSV files under `data/measured/<device>/`, safe against kills and garbage.
+
+A file is replaced as a whole, under a lock, so a kill leaves the old one or the new one. What cannot be read is
+reported by file and line and skipped, but stays in the file: appending never drops a byte. Garbage spoils its own
+line, an unknown header all lines until a known one.
+"""
+
+import csv
+import io
+import re
+import warnings
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from nbs_lib import paths
+from nbs_lib.measure.schema import COLUMNS, SCHEMA, frame, make_row
+
+HEADER = ",".join(COLUMNS)
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """Rows of a file, or of all CSV files under a folder. A warning with file and line for whatever is skipped."""
+    path, rows = Path(path), []
+    for file in sorted(path.rglob("*.csv")) if path.is_dir() else [path]:
+        headed = None
+        for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
+            try:
+                line = raw.decode().rstrip("\r")
+                if line.startswith("schema") or (line and headed is None):
+                    headed = line == HEADER
+                    if not headed:
+                        raise ValueError(f"Expected the header of schema {SCHEMA} first. Got {line[:50]!r}.")
+                elif line and headed:
+                    fields = next(csv.reader([line], strict=True))
+                    if len(fields) != len(COLUMNS):
+                        raise ValueError(f"Expected {len(COLUMNS)} fields. Got {len(fields)}.")
+                    rows.append(make_row(**dict(zip(COLUMNS, fields, strict=True))))
+            except (ValueError, csv.Error) as error:
+                warnings.warn(f"{file}:{number}: skipped. {error}", stacklevel=2)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def append(path: str | Path, rows) -> Path:
+    """Add rows (dicts or a DataFrame, checked) at the file's end; under a new header if a foreign one rules there."""
+    records, text = frame(rows).astype(object), io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(records.where(records.notna(), "").to_numpy().tolist())
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o666):
+        for temporary in path.parent.glob(f".{path.name}.????????"):
+            temporary.unlink()  # left by a killed writer: nobody else writes while we hold the lock
+        old = path.read_bytes() if path.exists() else b""
+        headed = re.findall(rb"(?m)^schema.*?(?=\r?$)", old)[-1:] == [HEADER.encode()]
+        old += b"\n" if old and not old.endswith(b"\n") else b""
+        paths.write_atomic(path, old + (("" if headed else f"{HEADER}\n") + text.getvalue()).encode())
+    return path
+
+
+def matching(rows: pd.DataFrame, fingerprint: str) -> pd.DataFrame:
+    """The good rows that this very CPU and engine gave (see `host.fingerprint`)."""
+    return rows[(rows.fingerprint == fingerprint) & rows.ok]

@@ -1,0 +1,55 @@
+"""The tidy schema of a measured row: settings are columns, failed points stay as rows with their error."""
+
+import pandas as pd
+
+SCHEMA = 1  # raise it when the columns change: rows of another version are reported and skipped
+ROOFLINE, SIMULATED = "roofline", "simulated:"  # the engine, and the start of device and fingerprint, of simulated rows
+_ORDER = (
+    "schema device cpu cores threads engine engine_version commit model layer kind P Q Kh Kw stride groups H W batch "
+    "scheme block_p block_q rate reached_rate nnz macs effective_macs fallback_macs dtype warmup runs min_ms p10_ms "
+    "median_ms mean_ms p90_ms mad_ms cv load1 temperature_c seed utc fingerprint ok error"
+)
+_TEXT = "device cpu engine engine_version commit model layer kind scheme dtype utc fingerprint error"
+_TYPES = dict.fromkeys(_TEXT.split(" "), "str") | {"ok": "bool"}
+_TYPES |= dict.fromkeys(("rate", "reached_rate", "cv", "load1", "temperature_c"), "float64")
+# "", NA and NaN mean "does not apply". A network's layer columns are filled where all its layers agree.
+COLUMNS = {n: "float64" if n.endswith("_ms") else _TYPES.get(n, "Int64") for n in _ORDER.split(" ")}
+
+
+def _cell(name: str, value):
+    """`value`, or the text it had in a file, as its column's type; text becomes one printable line."""
+    kind = COLUMNS[name]
+    if (pd.isna(value) or value == "") and kind != "bool":
+        return {"str": "", "float64": float("nan")}.get(kind, pd.NA)
+    if kind == "str":
+        return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    try:
+        return {"Int64": int, "float64": float, "bool": lambda v: {"True": True, "False": False}[str(v)]}[kind](value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"Expected {name} to be {kind}. Got {value!r}.") from None
+
+
+def make_row(**values) -> dict:
+    """A complete row from some columns, Python values or text. KeyError: no such column; ValueError: a broken rule."""
+    if unknown := values.keys() - COLUMNS.keys():
+        raise KeyError(f"Expected columns among {', '.join(COLUMNS)}. Got {', '.join(sorted(unknown))}.")
+    row = {name: _cell(name, ({"schema": SCHEMA, "ok": True} | values).get(name)) for name in COLUMNS}
+    ok, runs, median_ms, device, seal = (row[n] for n in ("ok", "runs", "median_ms", "device", "fingerprint"))
+    simulated = {device.startswith(SIMULATED), row["engine"] == ROOFLINE, seal.startswith(SIMULATED)}
+    rules = {
+        f"schema {SCHEMA}": row["schema"] == SCHEMA,
+        "a device": device != "",
+        "device, engine and fingerprint to agree that a row is simulated, or measured": len(simulated) == 1,
+        "runs = 0 where simulated, above where measured": not ok or (runs == 0 if True in simulated else runs > 0),
+        "0 < median_ms < inf, or an error": 0 < median_ms < float("inf") if ok else row["error"] != "",
+    }
+    if broken := [rule for rule, met in rules.items() if met is not True]:
+        shown = {n: row[n] for n in ("schema", "device", "engine", "runs", "median_ms", "ok", "error")}
+        raise ValueError(f"Expected {broken[0]}. Got {shown}.")
+    return row
+
+
+def frame(rows) -> pd.DataFrame:
+    """A typed DataFrame of rows, dicts or a frame, each checked by `make_row`."""
+    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+    return pd.DataFrame([make_row(**row) for row in records], columns=list(COLUMNS)).astype(COLUMNS)
