@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: kernels generated as source, compiled by Numba, called by address."""

@@ -1,0 +1,84 @@
+"""Generated source -> compiled kernel, cached on disk.
+
+A kernel is a C function `void kernel(int64 args, int64 thread)`: `args` is the address of an int64 array whose first
+entries are the kernel's FIELDS (addresses, counts, byte strides) and whose tail holds four range limits per thread.
+Its source is written to the cache folder and compiled there by Numba, so a new process only loads machine code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+
+from nbs_lib.kernels import vector
+from nbs_lib.paths import cache_dir, write_atomic
+
+RANGES = 4  # int64 per thread behind the fields: first and last tile, first and last group
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A compiled kernel: its readable `source`, its `fields` and the address compiled code calls."""
+
+    name: str
+    source: str
+    fields: tuple[str, ...]
+    address: int
+    keep: object = field(repr=False)
+
+    def arguments(self, ranges: list[tuple[int, int, int, int]], **values: int) -> np.ndarray:
+        """The int64 argument array: one value per field, then one range per thread."""
+        if set(values) != set(self.fields):
+            raise ValueError(f"Expected the fields {self.fields} for {self.name}. Got {tuple(values)}.")
+        return np.array([values[name] for name in self.fields] + [limit for r in ranges for limit in r], np.int64)
+
+
+def header(fields: tuple[str, ...]) -> list[str]:
+    """The first lines of every kernel: fields and this thread's ranges become local names."""
+    lines = ["def kernel(args, thread):"]
+    lines += [f"    {name} = load_int64(args + {8 * i})" for i, name in enumerate(fields)]
+    lines += [f"    ranges = args + {8 * len(fields)} + {8 * RANGES} * thread"]
+    names = ("tile_begin", "tile_end", "group_begin", "group_end")
+    return lines + [f"    {name} = load_int64(ranges + {8 * i})" for i, name in enumerate(names)]
+
+
+@cache
+def _fingerprint() -> str:
+    """Kernels depend on this package's kernel sources and on the compiler: a change of either compiles anew."""
+    text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256((text + numba.__version__ + llvmlite.__version__).encode()).hexdigest()[:12]
+
+
+@cache
+def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel:
+    """Compile `source` (a module body defining `kernel`) for vectors of `width` floats."""
+    imports = (
+        f"from nbs_lib.kernels import vector\n\nglobals().update(vars(vector.operations({width})))\n"
+        "from numba import float32\n\n"
+        "from nbs_lib.kernels.vector import load_float, load_int32, load_int64, prefetch, store_float\n\n"
+        "inf = float('inf')\n\n\n"
+    )
+    text = imports + source + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    path = cache_dir() / "kernels" / _fingerprint() / f"{name}_{digest}.py"
+    if not path.exists():
+        write_atomic(path, text)
+    spec = importlib.util.spec_from_file_location(f"nbs_kernel_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Numba pickles functions by module name
+    spec.loader.exec_module(module)
+    function = numba.cfunc("void(int64, int64)", nopython=True, cache=True)(module.kernel)
+    return Kernel(name, source, fields, function.address, function)
+
+
+def width() -> int:
+    """Vector width kernels are generated for: the host's, or what `NBS_VECTOR_WIDTH` forces."""
+    return vector.host_width()
