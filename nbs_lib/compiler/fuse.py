@@ -1,0 +1,103 @@
+"""Graph -> operations: batch norm folded into weights, activations and the residual add into the kernel's end (NPS 3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nbs_lib.layers import Graph, Node
+
+TINY = 1e-30  # smaller weights are zero: denormals slow every multiply-add down
+ACTIVATIONS = ("clamp", "hardswish", "hardsigmoid")
+
+
+@dataclass
+class Operation:
+    """One fused operation: its first node decides the kind, its last node's name is the value it makes."""
+
+    node: Node
+    output: Node
+    weight: np.ndarray | None = None  # batch norm folded in, denormals zeroed
+    bias: np.ndarray | None = None
+    epilogue: tuple[str, ...] = ()
+    bounds: list[tuple[float, float]] = field(default_factory=list)
+    residual: str | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.node.inputs + ((self.residual,) if self.residual else ())
+
+
+def fuse(graph: Graph) -> list[Operation]:
+    """Operations in an order in which every input is there when it is needed."""
+    uses = Counter(name for node in graph.nodes for name in node.inputs)
+    uses.update(graph.outputs)
+    user = {name: node for node in graph.nodes for name in node.inputs}
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    shapes = {node.name: node.shape for node in graph.nodes}
+    absorbed, operations = set(), []
+    for node in graph.nodes:
+        if node.name in absorbed:
+            continue
+        operation = _start(graph, node)
+        starts = node.op in ("conv2d", "linear") or (node.op not in ACTIVATIONS and is_pointwise(node, shapes))
+        while starts and uses[operation.output.name] == 1 and operation.output.name in user:
+            follower = user[operation.output.name]
+            if follower.name in absorbed or not _absorb(operation, follower, shapes):
+                break
+            operation.output = follower
+            absorbed.add(follower.name)
+        operations.append(operation)
+    return sorted(operations, key=lambda operation: order[operation.output.name])
+
+
+def is_pointwise(node: Node, shapes: dict) -> bool:
+    """Whether one pass over images computes the node: all 4-D, same shape, or a product with one number per channel."""
+    if node.op not in ("affine", "add", "mul", *ACTIVATIONS) or len(node.shape or ()) != 4:
+        return False
+    given = sorted((tuple(shapes[name] or ()) for name in node.inputs), key=lambda shape: shape != tuple(node.shape))
+    per_channel = (*node.shape[:2], 1, 1)
+    return given[0] == tuple(node.shape) and all(
+        shape == given[0] or (node.op == "mul" and shape == per_channel) for shape in given[1:]
+    )
+
+
+def _start(graph: Graph, node: Node) -> Operation:
+    if node.op not in ("conv2d", "linear"):
+        return Operation(node, node)
+    layer = graph.layers[node.layer]
+    weight = np.where(np.abs(layer.weight) < TINY, np.float32(0), layer.weight).astype(np.float32)
+    bias = np.zeros(layer.P, np.float32) if layer.bias is None else layer.bias.astype(np.float32)
+    return Operation(node, node, weight, bias)
+
+
+def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
+    """Take `follower` into the operation if a kernel's end can do it."""
+    if follower.op == "affine" and operation.weight is not None and not operation.epilogue:
+        if len(follower.shape) != (4 if operation.node.op == "conv2d" else 2):
+            return False
+        scale, shift = follower.attrs["scale"], follower.attrs["shift"]
+        weight = operation.weight * scale.reshape(-1, *[1] * (operation.weight.ndim - 1))
+        operation.weight = np.where(np.abs(weight) < TINY, np.float32(0), weight)
+        operation.bias = operation.bias * scale + shift
+        return True
+    if follower.op in ACTIVATIONS:
+        operation.epilogue += (follower.op,)
+        if follower.op == "clamp":
+            operation.bounds.append((follower.attrs["lo"], follower.attrs["hi"]))
+        return True
+    if (
+        follower.op == "add"
+        and "add" not in operation.epilogue
+        and operation.node.op != "add"
+        and follower.attrs.get("scalar") is None
+        and len(set(follower.inputs)) == 2
+        and all(shapes[name] == operation.output.shape for name in follower.inputs)
+    ):
+        (other,) = (name for name in follower.inputs if name != operation.output.name)
+        operation.residual = other
+        operation.epilogue += ("add",)
+        return True
+    return False

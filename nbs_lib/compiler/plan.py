@@ -1,0 +1,228 @@
+"""Operations -> steps: decides where every value lies and which kernel makes it. Memory and addresses come after."""
+
+from __future__ import annotations
+
+import math
+
+from nbs_lib.compiler import emit, pooling
+from nbs_lib.compiler.fuse import Operation, fuse, is_pointwise
+from nbs_lib.compiler.layout import Flat, Planar
+from nbs_lib.compiler.steps import Step
+from nbs_lib.kernels import jit
+from nbs_lib.layers import Graph
+
+POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "global_avg")
+
+
+class Planner:
+    """Walks the operations once. A value is an `object` (made by PyTorch or the caller) until a kernel needs it in a form.
+
+    `forms` maps (value, form) to where it lies; forms are "planar" and ("flat", images).
+    """
+
+    def __init__(self, graph: Graph, threads: int):
+        self.graph, self.threads, self.width = graph, threads, jit.width()
+        self.shapes = {node.name: node.shape for node in graph.nodes}
+        self.forms: dict[tuple, Planar | Flat] = {}
+        self.objects = {node.name for node in graph.nodes if node.op in ("input", "constant")}
+        self.positive: set[str] = set()  # values known to hold nothing below zero
+        self.values: list[Planar | Flat] = []
+        self.steps: list[Step] = []
+        for operation in fuse(graph):
+            if operation.node.op not in ("input", "constant"):
+                self._operation(operation)
+
+    # -- forms -----------------------------------------------------------------------------------------------------
+
+    def _new(self, name: str, value: Planar | Flat) -> Planar | Flat:
+        self.forms[name, "planar" if isinstance(value, Planar) else ("flat", value.images)] = value
+        self.values.append(value)
+        return value
+
+    def make_planar(self, name: str, shape=None) -> Planar:
+        return self._new(name, Planar(*(shape or self.shapes[name]), self.width))
+
+    def planar(self, name: str, operation: Operation) -> Planar:
+        """The value as images, copied into that form if it is not there yet."""
+        if (name, "planar") not in self.forms:
+            source = self.forms.get((name, ("flat", self.shapes[name][0])))
+            self.copy(operation, name, source, self.make_planar(name))
+        return self.forms[name, "planar"]
+
+    def flat(self, name: str, images: int, operation: Operation) -> Flat:
+        """The value as `images` vectors."""
+        if (name, ("flat", images)) not in self.forms:
+            source = self.forms.get((name, "planar")) if images == self.shapes[name][0] else None
+            value = self._new(name, Flat(images, math.prod(self.shapes[name]) // images))
+            self.copy(operation, name, source, value)
+        return self.forms[name, ("flat", images)]
+
+    def copy(self, operation: Operation, name: str, source, target) -> None:
+        """A step that brings `name` from `source` (None: from PyTorch's or the caller's memory) to `target`."""
+        step = Step(operation, [source] if source else [], [target], kernel="copy", why="change of layout")
+        if source is None:
+            step.exports = self.export(name)
+            step.reads = list(step.exports.values())
+        step.emit = lambda: emit.copy(step, self.threads, name, self.shapes[name], source, target)
+        self.steps.append(step)
+
+    def export(self, name: str) -> dict[str, Planar | Flat]:
+        """Where PyTorch finds a value: {} if it is an object already."""
+        if name in self.objects:
+            return {}
+        return {name: next(value for (key, _), value in self.forms.items() if key == name)}
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def _operation(self, operation: Operation) -> None:
+        node, name = operation.node, operation.output.name
+        step = Step(operation, [], [], kernel=node.op)
+        plan = None
+        if node.op == "conv2d":
+            plan = self._conv
+        elif node.op == "linear":
+            plan = self._linear
+        elif node.op in POOLS:
+            plan = self._pool
+        elif is_pointwise(node, self.shapes):
+            plan = self._pointwise
+        elif node.op == "cat" and node.attrs["dim"] in (1, -3) and self._images(node):
+            plan = self._cat
+        elif node.op == "reshape" and self._reshape(operation):
+            return
+        if plan is None or plan(operation, step) is False:
+            self._torch(operation, step)
+        self.steps.append(step)
+        self._sign(operation, name)
+
+    def _images(self, node) -> bool:
+        shapes = [node.shape, *(self.shapes[name] for name in node.inputs)]
+        return all(shape is not None and len(shape) == 4 for shape in shapes)
+
+    def _sign(self, operation: Operation, name: str) -> None:
+        words = operation.epilogue
+        low = operation.bounds[-1][0] >= 0 if words and words[-1] == "clamp" else False
+        passes = operation.node.op in (*POOLS, "cat") and all(i in self.positive for i in operation.node.inputs)
+        if low or passes or (words and words[-1] == "hardsigmoid"):
+            self.positive.add(name)
+
+    def _torch(self, operation: Operation, step: Step) -> None:
+        for name in operation.node.inputs:
+            step.exports |= self.export(name)
+        step.reads = list(step.exports.values())
+        step.path, step.kernel, step.why = "torch", operation.node.op, f"no kernel for {operation.node.op}"
+        step.computed_macs = operation.node.macs
+        self.objects.add(operation.output.name)
+
+    def _residual(self, operation: Operation, out: Planar) -> list[Planar]:
+        if operation.residual is None:
+            return []
+        residual = self.planar(operation.residual, operation)
+        out.unite(residual)
+        return [residual]
+
+    def _conv(self, operation: Operation, step: Step) -> None:
+        layer = self.graph.layers[operation.node.layer]
+        out = self.make_planar(operation.output.name)
+        residual = self._residual(operation, out)
+        name = operation.inputs[0]
+        top, bottom, left, right = layer.padding
+        depthwise = layer.kind == "depthwise"
+        if layer.stride == (1, 1):
+            x = self.planar(name, operation)
+            x.need(max(top, bottom), max(left, right))
+            x.unite(out)
+        elif depthwise and layer.stride == (2, 2):
+            x = self.planar(name, operation)
+            x.need(max(top, bottom), max(left, right))
+        else:
+            x = self._phases(operation, name, layer, out)
+        step.reads, step.writes = [x, *residual], [out]
+        make = emit.depthwise if depthwise else emit.conv
+        reverse = len(self.steps) % 2 == 1  # walk back over what the step before left in the cache
+        step.emit = lambda: make(step, self.threads, layer, x, out, residual, reverse)
+
+    def _phases(self, operation: Operation, name: str, layer, out: Planar) -> Planar:
+        """A strided layer's input, split so that tap (kh, kw) of all outputs is one image: the kernel runs at stride 1."""
+        source = None if name in self.objects else self.planar(name, operation)
+        phases = emit.phases(layer)
+        reach = [max(k * d // s for k in range(n)) for n, d, s in zip(layer.shape[2:], layer.dilation, layer.stride)]
+        images, channels = self.shapes[name][:2]
+        x = Planar(images, channels * len(phases), out.H + reach[0], out.W + reach[1], self.width)
+        x.unite(out)
+        self.values.append(x)
+        step = Step(operation, [source] if source else [], [x], kernel="phases", why=f"stride {layer.stride} split")
+        step.emit = lambda: emit.split(step, self.threads, name, self.shapes[name], source, x, layer)
+        self.steps.append(step)
+        return x
+
+    def _linear(self, operation: Operation, step: Step) -> None:
+        layer = self.graph.layers[operation.node.layer]
+        shape = self.shapes[operation.inputs[0]]
+        images = math.prod(shape[:-1])
+        x = self.flat(operation.inputs[0], images, operation)
+        residual = [self.flat(operation.residual, images, operation)] if operation.residual else []
+        out = self._new(operation.output.name, Flat(images, layer.P))
+        step.reads, step.writes = [x, *residual], [out]
+        step.emit = lambda: emit.linear(step, self.threads, x, out, residual)
+
+    def _pool(self, operation: Operation, step: Step) -> bool | None:
+        node = operation.node
+        if node.shape is None or len(self.shapes[node.inputs[0]]) != 4:
+            return False
+        name, attrs = operation.output.name, node.attrs
+        if node.op == "adaptive_avg_pool2d" and tuple(node.shape) == tuple(self.shapes[node.inputs[0]]):
+            self.forms[name, "planar"] = self.planar(node.inputs[0], operation)
+            step.why, step.emit = "identity", list
+            return None
+        x = self.planar(node.inputs[0], operation)
+        step.reads = [x]
+        if node.op == "global_avg" or node.op == "adaptive_avg_pool2d" and tuple(node.shape[2:]) == (1, 1):
+            out = self._new(name, Flat(node.shape[0], node.shape[1]))
+            step.emit = lambda: pooling.mean(step, self.threads, x, out)
+        else:
+            out = self.make_planar(name)
+            window = pooling.Window.of(node, (x.H, x.W))
+            reach_h, reach_w = window.overhang((x.H, x.W), (out.H, out.W))
+            zeros = reach_h or reach_w
+            fast = window.regular and (node.op != "max_pool2d" or not zeros or node.inputs[0] in self.positive)
+            if fast:
+                x.need(reach_h, reach_w)
+            step.emit = lambda: pooling.pool(step, self.threads, window, fast, x, out)
+        step.writes = [out]
+        return None
+
+    def _pointwise(self, operation: Operation, step: Step) -> None:
+        node, factor = operation.node, None
+        out_shape = tuple(node.shape)
+        names = sorted(node.inputs, key=lambda name: tuple(self.shapes[name]) != out_shape)
+        x = self.planar(names[0], operation)
+        out = self.make_planar(operation.output.name)
+        out.unite(x)
+        residual = self._residual(operation, out)
+        if len(names) == 2:
+            second = self.planar(names[1], operation)
+            if node.op == "add":
+                residual = [second]
+            else:
+                factor = second
+            if tuple(self.shapes[names[1]]) == out_shape:
+                out.unite(second)
+        step.reads, step.writes = [x, *residual, *([factor] if factor else [])], [out]
+        step.emit = lambda: emit.pointwise(step, self.threads, x, out, residual, factor)
+
+    def _cat(self, operation: Operation, step: Step) -> None:
+        parts = [self.planar(name, operation) for name in operation.node.inputs]
+        out = self.make_planar(operation.output.name)
+        step.reads, step.writes = parts, [out]
+        step.emit = lambda: emit.cat(step, self.threads, parts, out)
+
+    def _reshape(self, operation: Operation) -> bool:
+        """Images to vectors and back cost a copy or nothing, as long as the batch stays the batch."""
+        name, source = operation.output.name, operation.inputs[0]
+        shape, before = self.shapes[name], self.shapes[source]
+        if source in self.objects or not shape or shape[0] != before[0] or math.prod(shape) != math.prod(before):
+            return False
+        self.forms[name, ("flat", shape[0])] = self.flat(source, shape[0], operation)
+        return True
+
