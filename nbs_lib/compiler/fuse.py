@@ -1,7 +1,8 @@
-"""Graph -> operations: batch norm folded into weights, activations and the residual add into the kernel's end (NPS 3)."""
+"""Graph -> operations (NPS 3): batch norm goes into weights, activations and residual adds into the kernel's end."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -53,6 +54,14 @@ def fuse(graph: Graph) -> list[Operation]:
     return sorted(operations, key=lambda operation: order[operation.output.name])
 
 
+def activation(node: Node) -> tuple[str, list[tuple[float, float]]]:
+    """The epilogue word of an activation, and its bounds if it has any."""
+    if node.op != "clamp":
+        return node.op, []
+    bounds = (node.attrs["lo"], node.attrs["hi"])
+    return "relu" if bounds == (0, math.inf) else "clamp", [bounds]
+
+
 def is_pointwise(node: Node, shapes: dict) -> bool:
     """Whether one pass over images computes the node: all 4-D, same shape, or a product with one number per channel."""
     if node.op not in ("affine", "add", "mul", *ACTIVATIONS) or len(node.shape or ()) != 4:
@@ -84,9 +93,9 @@ def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
         operation.bias = operation.bias * scale + shift
         return True
     if follower.op in ACTIVATIONS:
-        operation.epilogue += (follower.op,)
-        if follower.op == "clamp":
-            operation.bounds.append((follower.attrs["lo"], follower.attrs["hi"]))
+        word, bounds = activation(follower)
+        operation.epilogue += (word,)
+        operation.bounds += bounds
         return True
     if (
         follower.op == "add"

@@ -1,8 +1,8 @@
 """Where values lie in memory.
 
-A `Planar` value is a batch of images, channel by channel. Rows are kept apart by zero columns and channels by zero rows,
-shared between neighbours, so that a convolution's padding is simply there and a kernel may run over row ends. Values
-that one stride-1 kernel reads and writes in step must have equal row lengths: they are `unite`d into one lattice.
+A `Planar` value is a batch of images, channel by channel. Rows are kept apart by zero columns and channels by zero
+rows, shared between neighbours, so that a convolution's padding is simply there and a kernel may run over row ends.
+Values that one stride-1 kernel reads and writes in step must have equal row lengths: they are `unite`d in a lattice.
 A `Flat` value is one contiguous vector per image.
 """
 

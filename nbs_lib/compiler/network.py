@@ -11,20 +11,22 @@ import torch
 
 from nbs_lib.compiler.layout import place
 from nbs_lib.compiler.plan import Planner
-from nbs_lib.compiler.steps import Launch, Step
+from nbs_lib.compiler.schedule import schedule
+from nbs_lib.compiler.steps import Step
 from nbs_lib.compiler.team import team
 from nbs_lib.kernels import driver
 from nbs_lib.layers import Graph, trace
 
 VERSION = "0.1.0"
-EXPLAIN = (
-    "step layer op scheme rate nnz macs effective_macs computed_macs weight_bytes activation_bytes kernel tile path why"
-).split()  # fmt: skip
+EXPLAIN = [
+    "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "computed_macs", "weight_bytes",
+    "activation_bytes", "kernel", "tile", "path", "why",
+]  # fmt: skip
 
 
 @dataclass(eq=False)
 class Segment:
-    """Compiled steps between two operations that Python must do: `patches` are (arguments, value whose address goes in)."""
+    """Compiled steps between two that Python must do; `patches`: (arguments, value whose address is the first)."""
 
     begin: int
     end: int
@@ -66,9 +68,9 @@ class Network:
         """One table of function and argument addresses; Python takes over where PyTorch is needed."""
         functions, arguments, joins, self._program, self._kernels = [], [], [], [], {}
         segment = None
-        for step in self.steps:
-            launches = step.emit() if step.emit else []
-            if step.exports or step.emit is None:
+        for number, step in enumerate(self.steps):
+            launches = schedule(step, self.threads, reverse=number % 2 == 1)
+            if step.exports or step.path == "torch":
                 self._program.append(step)
                 segment = None
             if segment is None and launches:
@@ -76,22 +78,21 @@ class Network:
                 self._program.append(segment)
             for launch in launches:
                 table = launch.kernel.arguments(launch.ranges, **launch.fields)
-                step.keep.append(table)
                 if launch.patch:
                     segment.patches.append((table, launch.patch))
                 functions.append(launch.kernel.address)
-                arguments.append(table.ctypes.data)
+                arguments.append(step.hold(table))
                 joins.append(launch is launches[-1])
                 segment.end = len(functions)
-            self._note(step, launches)
+                self._kernels[launch.kernel.name] = launch.kernel
+            self._release(step)
         self._functions, self._arguments, self._joins = (np.array(v, np.int64) for v in (functions, arguments, joins))
         self._counter = np.zeros(1, np.int64)
 
-    def _note(self, step: Step, launches: list[Launch]) -> None:
-        """Remember readable sources; drop what is only needed to emit (weights are packed now)."""
-        for launch in launches:
-            self._kernels.setdefault(step.operation.output.name, {})[launch.kernel.name] = launch.kernel
-        step.emit = None if step.path == "torch" else list
+    @staticmethod
+    def _release(step: Step) -> None:
+        """Let go of what was only needed to emit: the weights are packed now."""
+        step.emit = None
         if step.path in ("sparse", "dense"):
             step.operation.weight = step.operation.bias = None
 
@@ -144,7 +145,9 @@ class Network:
         counter, threads = self._counter.ctypes.data, self.threads
 
         def work(thread: int) -> None:
-            driver.run(self._functions, self._arguments, self._joins, segment.begin, segment.end, thread, threads, counter)
+            driver.run(
+                self._functions, self._arguments, self._joins, segment.begin, segment.end, thread, threads, counter
+            )
 
         if threads == 1:
             work(0)
@@ -165,28 +168,28 @@ class Network:
         rows = []
         for number, step in enumerate(self.steps):
             node = step.operation.node
-            main = step.path != "copy" or step.kernel not in ("copy", "phases")
-            layer = self.graph.layers.get(node.layer) if main and node.layer else None
-            choice = self.mapping.get(node.layer)
-            batch_macs = node.macs if main else 0
-            effective = round(batch_macs * layer.effective_macs / layer.macs) if layer and layer.macs else batch_macs
-            rows.append([
-                number, node.layer or node.module, node.op if main else step.kernel, str(choice.scheme) if choice and layer else "",
-                layer.rate if layer else np.nan, layer.nnz if layer else 0, batch_macs, effective, step.computed_macs,
-                step.weight_bytes + step.index_bytes, sum(4 * v.floats for v in (*step.reads, *step.writes)),
-                step.kernel, step.tile, step.path, step.why,
-            ])  # fmt: skip
+            moves = step.path == "copy" and step.kernel in ("copy", "phases")
+            layer = None if moves else self.graph.layers.get(node.layer)
+            choice = self.mapping.get(node.layer) if layer else None
+            macs = 0 if moves else node.macs
+            numbers = {
+                "step": number, "layer": node.layer or node.module, "op": step.kernel if moves else node.op,
+                "scheme": str(choice.scheme) if choice else "", "rate": layer.rate if layer else np.nan,
+                "nnz": layer.nnz if layer else 0, "macs": macs,
+                "effective_macs": round(macs * layer.nnz / layer.params) if layer else macs,
+                "computed_macs": step.computed_macs, "weight_bytes": step.weight_bytes + step.index_bytes,
+                "activation_bytes": sum(4 * value.floats for value in (*step.reads, *step.writes)),
+            }  # fmt: skip
+            rows.append(numbers | {name: getattr(step, name) for name in ("kernel", "tile", "path", "why")})
         return pd.DataFrame(rows, columns=EXPLAIN)
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""
-        found = {}
-        for step in self.steps:
-            if step.operation.node.layer == layer:
-                found |= self._kernels.get(step.operation.output.name, {})
-        if not found:
+        steps = [step for step in self.steps if step.operation.node.layer == layer and step.path in ("sparse", "dense")]
+        if not steps:
             raise KeyError(f"Expected a compiled layer, one of {', '.join(self.graph.layers)}. Got {layer!r}.")
-        return "\n\n".join(f"# {name}\n{kernel.source}" for name, kernel in found.items())
+        names = dict.fromkeys(name for step in steps for name in step.kernels)
+        return "\n\n".join(f"# {name}\n{self._kernels[name].source}" for name in names)
 
     @property
     def macs(self) -> int:
@@ -231,8 +234,8 @@ def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=No
     """Compile `model` (dense or pruned, in any mode; eval semantics) for inputs of exactly these shapes.
 
     `example_inputs`: a tensor or a tuple of them, float32. `threads`: cores a run may use. `mapping` only labels
-    `explain()`: structure is read from the zeros, so networks pruned elsewhere are as fast. Convolutions, linear layers,
-    pooling and activations become kernels; what else there is runs through PyTorch, and `explain()` says so.
+    `explain()`: structure is read from the zeros, so networks pruned elsewhere are as fast. Convolutions, linear
+    layers, pooling and activations become kernels; the rest runs through PyTorch, and `explain()` says so.
     """
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")

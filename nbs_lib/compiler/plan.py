@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from nbs_lib.compiler import emit, pooling
-from nbs_lib.compiler.fuse import Operation, fuse, is_pointwise
+from nbs_lib.compiler import emit, moves, pooling
+from nbs_lib.compiler.fuse import ACTIVATIONS, Operation, activation, fuse, is_pointwise
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.steps import Step
 from nbs_lib.kernels import jit
@@ -15,7 +15,7 @@ POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "global_avg")
 
 
 class Planner:
-    """Walks the operations once. A value is an `object` (made by PyTorch or the caller) until a kernel needs it in a form.
+    """Walks the operations once. A value is an object (PyTorch's or the caller's) until a kernel needs a form of it.
 
     `forms` maps (value, form) to where it lies; forms are "planar" and ("flat", images).
     """
@@ -63,7 +63,7 @@ class Planner:
         if source is None:
             step.exports = self.export(name)
             step.reads = list(step.exports.values())
-        step.emit = lambda: emit.copy(step, self.threads, name, self.shapes[name], source, target)
+        step.emit = lambda: moves.copy(step, self.threads, name, self.shapes[name], source, target)
         self.steps.append(step)
 
     def export(self, name: str) -> dict[str, Planar | Flat]:
@@ -100,10 +100,13 @@ class Planner:
         return all(shape is not None and len(shape) == 4 for shape in shapes)
 
     def _sign(self, operation: Operation, name: str) -> None:
-        words = operation.epilogue
-        low = operation.bounds[-1][0] >= 0 if words and words[-1] == "clamp" else False
+        last = operation.epilogue[-1:]
+        if operation.node.op in ACTIVATIONS:
+            word, operation.bounds = activation(operation.node)
+            last = (word,)
         passes = operation.node.op in (*POOLS, "cat") and all(i in self.positive for i in operation.node.inputs)
-        if low or passes or (words and words[-1] == "hardsigmoid"):
+        clamped = last == ("clamp",) and operation.bounds[-1][0] >= 0
+        if passes or clamped or last in (("relu",), ("hardsigmoid",)):
             self.positive.add(name)
 
     def _torch(self, operation: Operation, step: Step) -> None:
@@ -127,32 +130,35 @@ class Planner:
         residual = self._residual(operation, out)
         name = operation.inputs[0]
         top, bottom, left, right = layer.padding
-        depthwise = layer.kind == "depthwise"
         if layer.stride == (1, 1):
             x = self.planar(name, operation)
             x.need(max(top, bottom), max(left, right))
             x.unite(out)
-        elif depthwise and layer.stride == (2, 2):
+        elif not moves.split_by_phase(layer):
             x = self.planar(name, operation)
             x.need(max(top, bottom), max(left, right))
         else:
             x = self._phases(operation, name, layer, out)
         step.reads, step.writes = [x, *residual], [out]
-        make = emit.depthwise if depthwise else emit.conv
-        reverse = len(self.steps) % 2 == 1  # walk back over what the step before left in the cache
-        step.emit = lambda: make(step, self.threads, layer, x, out, residual, reverse)
+        if layer.kind == "depthwise":
+            step.emit = lambda: emit.depthwise(step, self.threads, layer, x, out, residual)
+        else:
+            step.emit = lambda: emit.conv(step, layer, x, out, residual)
 
     def _phases(self, operation: Operation, name: str, layer, out: Planar) -> Planar:
-        """A strided layer's input, split so that tap (kh, kw) of all outputs is one image: the kernel runs at stride 1."""
+        """A strided layer's input, split so that each tap of all outputs is one image: the kernel runs at stride 1."""
         source = None if name in self.objects else self.planar(name, operation)
-        phases = emit.phases(layer)
-        reach = [max(k * d // s for k in range(n)) for n, d, s in zip(layer.shape[2:], layer.dilation, layer.stride)]
+        phases = moves.phases(layer)
+        reach = [
+            max(k * d // s for k in range(n))
+            for n, d, s in zip(layer.shape[2:], layer.dilation, layer.stride, strict=True)
+        ]
         images, channels = self.shapes[name][:2]
         x = Planar(images, channels * len(phases), out.H + reach[0], out.W + reach[1], self.width)
         x.unite(out)
         self.values.append(x)
         step = Step(operation, [source] if source else [], [x], kernel="phases", why=f"stride {layer.stride} split")
-        step.emit = lambda: emit.split(step, self.threads, name, self.shapes[name], source, x, layer)
+        step.emit = lambda: moves.split(step, self.threads, name, self.shapes[name], source, x, layer)
         self.steps.append(step)
         return x
 
@@ -170,7 +176,7 @@ class Planner:
         node = operation.node
         if node.shape is None or len(self.shapes[node.inputs[0]]) != 4:
             return False
-        name, attrs = operation.output.name, node.attrs
+        name = operation.output.name
         if node.op == "adaptive_avg_pool2d" and tuple(node.shape) == tuple(self.shapes[node.inputs[0]]):
             self.forms[name, "planar"] = self.planar(node.inputs[0], operation)
             step.why, step.emit = "identity", list
@@ -215,7 +221,7 @@ class Planner:
         parts = [self.planar(name, operation) for name in operation.node.inputs]
         out = self.make_planar(operation.output.name)
         step.reads, step.writes = parts, [out]
-        step.emit = lambda: emit.cat(step, self.threads, parts, out)
+        step.emit = lambda: moves.cat(step, self.threads, parts, out)
 
     def _reshape(self, operation: Operation) -> bool:
         """Images to vectors and back cost a copy or nothing, as long as the batch stays the batch."""
@@ -225,4 +231,3 @@ class Planner:
             return False
         self.forms[name, ("flat", shape[0])] = self.flat(source, shape[0], operation)
         return True
-

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbs_lib.compiler.emit import address, int32
+from nbs_lib.compiler.emit import int32
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.steps import Launch, Step, whole
 from nbs_lib.kernels import pool as kernels
@@ -50,8 +50,10 @@ class Window:
         """Rows and columns of zeros the windows of all outputs need around the image."""
         if self.output is not None:
             return 0, 0
-        ends = [(o - 1) * s + (k - 1) * d - p - (n - 1) for o, s, k, d, p, n in zip(out, self.stride, self.kernel, self.dilation, self.padding, size, strict=True)]  # fmt: skip
-        return tuple(max(p, e, 0) for p, e in zip(self.padding, ends, strict=True))
+        last = [
+            (out[a] - 1) * self.stride[a] + (self.kernel[a] - 1) * self.dilation[a] - self.padding[a] for a in (0, 1)
+        ]
+        return tuple(max(self.padding[a], last[a] - (size[a] - 1)) for a in (0, 1))
 
     def limits(self, axis: int, size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
         """First input and end (exclusive, inside the image) of every output position along an axis."""
@@ -88,21 +90,23 @@ def pool(step: Step, threads: int, window: Window, fast: bool, x: Planar, out: P
     if fast:
         kh, kw = np.arange(window.kernel[0]) * window.dilation[0], np.arange(window.kernel[1]) * window.dilation[1]
         taps = (kh[:, None] - window.padding[0]) * x.row + kw - window.padding[1]
-        scale = np.pad(scale, ((0, 0), (0, tiles * out.width - scale.shape[1]))) if window.operation == "average" else scale
+        scale = (
+            np.pad(scale, ((0, 0), (0, tiles * out.width - scale.shape[1]))) if window.operation == "average" else scale
+        )
         kernel = kernels.rows_kernel(window.operation, *window.kernel, window.stride[1])
         fields |= {
-            "taps": address(step, int32(4 * taps.ravel())), "mask": address(step, out.row_mask()),
+            "taps": step.hold(int32(4 * taps.ravel())), "mask": step.hold(out.row_mask()),
             "x_row": 4 * window.stride[0] * x.row,
         }  # fmt: skip
     else:
         kernel = kernels.window_kernel(window.operation)
         rows, columns = window.limits(0, x.H, out.H), window.limits(1, x.W, out.W)
         names = ("h_begin", "h_end", "w_begin", "w_end")
-        fields |= {n: address(step, int32(v)) for n, v in zip(names, (*rows, *columns), strict=True)}
+        fields |= {n: step.hold(int32(v)) for n, v in zip(names, (*rows, *columns), strict=True)}
         fields |= {"dilation_h": window.dilation[0], "dilation_w": window.dilation[1]}
         fields |= {"columns": out.W, "x_row": 4 * x.row}
     scale = np.ascontiguousarray(scale, np.float32)
-    fields |= {"scale": address(step, scale), "scale_row": 4 * scale.shape[1]}
+    fields |= {"scale": step.hold(scale), "scale_row": 4 * scale.shape[1]}
     step.kernel = kernel.name
     return [Launch(kernel, whole(threads, tiles, x.C), fields)]
 
@@ -111,7 +115,7 @@ def mean(step: Step, threads: int, x: Planar, out: Flat) -> list[Launch]:
     kernel = kernels.mean_kernel()
     step.kernel = kernel.name
     fields = {
-        "x": x.address, "out": out.address, "factor": address(step, np.array([1 / (x.H * x.W)], np.float32)),
+        "x": x.address, "out": out.address, "factor": step.hold(np.array([1 / (x.H * x.W)], np.float32)),
         "images": x.images, "x_image": 4 * x.image, "out_image": 4 * out.image, "x_plane": 4 * x.plane, "out_plane": 4,
     }  # fmt: skip
     return [Launch(kernel, whole(threads, x.vectors, x.C), fields)]

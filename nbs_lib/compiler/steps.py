@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nbs_lib.compiler.fuse import Operation
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.packing import share
+from nbs_lib.kernels import conv
 from nbs_lib.kernels.jit import Kernel
 
 Ranges = list[tuple[int, int, int, int]]
@@ -24,49 +27,51 @@ class Launch:
 
 
 @dataclass(eq=False)
+class Tiled:
+    """A convolution's groups of `rows` filters, not yet cut into tiles of pixels: `schedule` does that."""
+
+    rows: int
+    epilogue: tuple[str, ...]
+    fields: dict[str, int]
+    columns: np.ndarray  # kept columns per group: the work of one tile
+    vectors: int  # registers per plane
+    register: int  # bytes
+    far: bool  # the input does not stay in the near caches: prefetch
+
+    def launch(self, vectors: int, tiles: int, first: int, ranges: Ranges, reverse: bool) -> Launch:
+        """`tiles` tiles of `vectors` registers from register `first` on, walked backwards if `reverse`."""
+        size = self.register * vectors
+        start = self.register * first + (size * (tiles - 1) if reverse else 0)
+        fields = self.fields | {"first": start, "step": -size if reverse else size}
+        return Launch(conv.kernel(self.rows, vectors, self.epilogue, self.far), ranges, fields)
+
+
+@dataclass(eq=False)
 class Step:
     """A step of the plan. `emit` is called once memory is placed; `call` instead runs the operation through PyTorch."""
 
     operation: Operation
     reads: list[Planar | Flat]
     writes: list[Planar | Flat]
-    emit: Callable[[], list[Launch]] | None = None
+    emit: Callable[[], list[Launch] | list[Tiled]] | None = None
     exports: dict[str, Planar | Flat] = field(default_factory=dict)  # values PyTorch reads: name -> where they lie
     kernel: str = ""
     tile: str = ""
+    kernels: list[str] = field(default_factory=list)  # names of all kernels that compute it
     path: str = "copy"  # "sparse", "dense", "torch", "copy"
     why: str = ""
     nnz: int = 0
     computed_macs: int = 0
     weight_bytes: int = 0
     index_bytes: int = 0
-    keep: list = field(default_factory=list)  # arrays whose addresses the launches hold
+    kept: list = field(default_factory=list)
+
+    def hold(self, array: np.ndarray) -> int:
+        """The address of the array's contents; the step keeps them alive."""
+        self.kept.append(np.ascontiguousarray(array))
+        return self.kept[-1].ctypes.data
 
 
 def whole(threads: int, tiles: int, groups: int) -> Ranges:
     """Every thread takes a run of groups (channels) of equal work, and all tiles."""
     return [(0, tiles, begin, end) for begin, end in share([1.0] * groups, threads)]
-
-
-def balanced(threads: int, pieces: tuple[tuple[int, int, int], ...], columns) -> list[Ranges]:
-    """One range list per piece (vectors, tiles, first) of a convolution: cut by tiles or by groups, whichever is more even.
-
-    `columns`: kept columns per group, the work of one tile.
-    """
-    total = sum(vectors * tiles for vectors, tiles, _ in pieces)
-    by_tile = [[0] * threads for _ in pieces]
-    for n, (_, tiles, _) in enumerate(pieces):
-        for extra in range(tiles):
-            loads = [sum(p[0] * by_tile[i][t] for i, p in enumerate(pieces)) for t in range(threads)]
-            by_tile[n][loads.index(min(loads))] += 1
-    worst_tile = max(sum(p[0] * by_tile[i][t] for i, p in enumerate(pieces)) for t in range(threads)) / total
-    shares = share(columns + 1.0, threads)
-    worst_group = max((columns[b:e] + 1.0).sum() for b, e in shares) / (columns + 1.0).sum()
-    ranges = []
-    for counts, (_, tiles, _) in zip(by_tile, pieces, strict=True):
-        if worst_tile <= worst_group * 1.02:
-            ends = [sum(counts[: t + 1]) for t in range(threads)]
-            ranges.append([(end - n, end, 0, len(columns)) for end, n in zip(ends, counts, strict=True)])
-        else:
-            ranges.append([(0, tiles, begin, end) for begin, end in shares])
-    return ranges

@@ -2,8 +2,8 @@
 
 Every regularity is the same loop over a list: a column is one (input channel, kh, kw), stored as the byte distance from
 an output pixel to the input value it meets. Dense layers list all columns, pruned ones what is left (the BCS
-occurrence runs of mapping 4.3). Images keep their rows apart by zero columns, so that a run of pixels may cross row ends:
-`mask` clears what it writes between rows. Stride is gone before: the input has been split into its phases.
+occurrence runs of mapping 4.3). Images keep their rows apart by zero columns, so that a run of pixels may cross row
+ends: `mask` says where not to write. Stride is gone before: the input has been split into its phases.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def source(rows: int, vectors: int, epilogue: tuple[str, ...], ahead: bool, lane
         "            pixel = x + image * x_image + position",
         "            target = image * out_image + position",
     ]
-    text += [f"            m{j} = load(mask + position + {lanes * j})" for j in range(vectors)]
+    text += [f"            m{j} = load_mask(mask + position + {lanes * j})" for j in range(vectors)]
     text += [
         "            for group in range(group_begin, group_end):",
         "                begin = load_int32(begins + 4 * group)",
@@ -71,5 +71,5 @@ def source(rows: int, vectors: int, epilogue: tuple[str, ...], ahead: bool, lane
         text += [f"                plane = target + load_int32(planes + row + {4 * i})"]
         for j in range(vectors):
             value = ending.apply(epilogue, f"a{i}_{j}", f"residual + plane + {lanes * j}")
-            text += [f"                store(out + plane + {lanes * j}, bits_and({value}, m{j}))"]
+            text += [f"                store_kept(out + plane + {lanes * j}, {value}, m{j})"]
     return "\n".join(text)

@@ -54,5 +54,5 @@ def source(kh: int, kw: int, stride: int, vectors: int, epilogue: tuple[str, ...
             inner += [f"a{j} = fma({value}, w{tap}, a{j})"]
     for j in range(vectors):
         value = ending.apply(epilogue, f"a{j}", f"residual + target + {lanes * j}")
-        inner += [f"store(out + target + {lanes * j}, bits_and({value}, load(mask + position + {lanes * j})))"]
+        inner += [f"store_kept(out + target + {lanes * j}, {value}, load_mask(mask + position + {lanes * j}))"]
     return "\n".join(text + [" " * 20 + line for line in inner])

@@ -12,7 +12,8 @@ from nbs_lib.kernels import epilogue as ending
 from nbs_lib.kernels.jit import Kernel, build, header, width
 
 FIELDS = (
-    "x", "out", "residual", "weights", "columns", "begins", "planes", "bias", "bounds", "images", "x_image", "out_image",
+    "x", "out", "residual", "weights", "columns", "begins", "planes", "bias", "bounds",
+    "images", "x_image", "out_image",
 )  # fmt: skip
 FLIGHT = 4
 

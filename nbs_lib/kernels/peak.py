@@ -21,7 +21,7 @@ def _source(lanes: int) -> str:
 
 
 def peak_gmacs(repeats: int = 5, milliseconds: float = 5.0) -> float:
-    """Multiply-adds of one core in GMAC/s: best of `repeats`, full-width float32 vectors, 16 independent accumulators."""
+    """Multiply-adds of one core in GMAC/s (float32): best of `repeats`, full-width vectors, 16 accumulators."""
     lanes = 4 * width()
     kernel = build("peak", _source(lanes), FIELDS, width())
     data = np.zeros((ACCUMULATORS + 1) * width(), np.float32)

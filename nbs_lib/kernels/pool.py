@@ -43,7 +43,7 @@ def rows_source(operation: str, taps: int, stride: int, lanes: int) -> str:
         inner += [f"a = {value}" if t == 0 else f"a = {'maximum' if operation == 'max' else 'add'}(a, {value})"]
     if operation == "average":
         inner += ["a = mul(a, load(scale + row * scale_row + position))"]
-    inner += ["store(target + row * out_row + position, bits_and(a, load(mask + position)))"]
+    inner += ["store_kept(target + row * out_row + position, a, load_mask(mask + position))"]
     return "\n".join(text + [" " * 20 + line for line in inner])
 
 
@@ -66,9 +66,10 @@ def window_source(operation: str) -> str:
         "            for row in range(rows):",
         "                for column in range(columns):",
         f"                    a = float32({start})",
+        "                    first, last = load_int32(w_begin + 4 * column), load_int32(w_end + 4 * column)",
         "                    for h in range(load_int32(h_begin + 4 * row), load_int32(h_end + 4 * row), dilation_h):",
         "                        p = source + h * x_row",
-        "                        for w in range(load_int32(w_begin + 4 * column), load_int32(w_end + 4 * column), dilation_w):",
+        "                        for w in range(first, last, dilation_w):",
         "                            value = load_float(p + 4 * w)",
         f"                            a = {step}",
         f"                    store_float(target + row * out_row + 4 * column, {finish})",

@@ -25,7 +25,7 @@ LONG = ir.IntType(64)
 
 
 def host_width() -> int:
-    """Floats per register of this CPU: 16 (AVX-512), 8 (AVX) or 4 (SSE, NEON). `NBS_VECTOR_WIDTH` forces a narrower one."""
+    """Floats per register of this CPU: 16 (AVX-512), 8 (AVX), 4 (SSE, NEON), or what `NBS_VECTOR_WIDTH` forces."""
     features = llvm.get_host_cpu_features()
     width = 16 if features.get("avx512f") else 8 if features.get("avx") else 4
     forced = os.environ.get("NBS_VECTOR_WIDTH")
@@ -34,9 +34,10 @@ def host_width() -> int:
     return int(forced) if forced else width
 
 
-HOST_WIDTH = host_width()
 # 32 architectural vector registers with AVX-512 and NEON, 16 before.
-HOST_REGISTERS = 32 if llvm.get_host_cpu_features().get("avx512f") or not llvm.get_host_cpu_features().get("sse") else 16
+HOST_REGISTERS = (
+    32 if llvm.get_host_cpu_features().get("avx512f") or not llvm.get_host_cpu_features().get("sse") else 16
+)
 
 
 class Vector(types.Type):
@@ -51,6 +52,20 @@ class Vector(types.Type):
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, vector):
         super().__init__(manager, vector, ir.VectorType(FLOAT, vector.width))
+
+
+class Predicate(types.Type):
+    """Numba type of one truth value per lane: an AVX-512 mask register, or a vector of all-ones and zeros."""
+
+    def __init__(self, width: int):
+        self.width = width
+        super().__init__(name=f"boolx{width}")
+
+
+@register_model(Predicate)
+class PredicateModel(models.PrimitiveModel):
+    def __init__(self, manager, predicate):
+        super().__init__(manager, predicate, ir.VectorType(ir.IntType(1), predicate.width))
 
 
 def _pointer(builder, address, to):
@@ -145,15 +160,17 @@ def atomic_load(typing, address):
 
 @cache
 def operations(width: int) -> SimpleNamespace:
-    """load, store, splat, fma, total, add, mul, maximum, minimum, bits_and, hardsigmoid, hardswish, even, odd.
+    """Operations on vectors of `width` float32; every name is about one machine instruction.
 
-    For vectors of `width` float32; `even` and `odd` take every second lane of two vectors, `total` sums the lanes.
+    `load_mask` reads int32 lanes (not 0: true); `store_kept` writes those lanes and leaves zeros in the others zero;
+    `even` and `odd` take every second lane of two vectors; `total` sums the lanes.
 
     NaN passes through `maximum(x, bound)` and `minimum(x, bound)` when it is in `x`, as in PyTorch's clamp.
     """
     if width not in (4, 8, 16):
         raise ValueError(f"Expected a vector width of 4, 8 or 16 floats. Got {width}.")
     vector, register, bits = Vector(width), ir.VectorType(FLOAT, width), ir.VectorType(INT, width)
+    zero = ir.Constant(register, [0.0] * width)
 
     def constant_shuffle(builder, a, b, lanes):
         return builder.shuffle_vector(a, b, ir.Constant(bits, lanes))
@@ -201,9 +218,29 @@ def operations(width: int) -> SimpleNamespace:
 
         return function
 
-    def bitwise_and(builder, a, mask):
-        both = builder.and_(builder.bitcast(a, bits), builder.bitcast(mask, bits))
-        return builder.bitcast(both, register)
+    @intrinsic
+    def load_mask(typing, address):
+        def codegen(context, builder, signature, args):
+            value = builder.load(_pointer(builder, args[0], bits))
+            value.align = 4
+            return builder.icmp_signed("!=", value, ir.Constant(bits, [0] * width))
+
+        return Predicate(width)(types.int64), codegen
+
+    @intrinsic
+    def store_kept(typing, address, value, mask):
+        def codegen(context, builder, signature, args):
+            target = _pointer(builder, args[0], register)
+            if width == 16:  # AVX-512 stores under a mask for free
+                pointer, predicate = register.as_pointer(), ir.VectorType(ir.IntType(1), width)
+                kind = ir.FunctionType(ir.VoidType(), [register, pointer, INT, predicate])
+                masked = builder.module.declare_intrinsic(f"llvm.masked.store.v{width}f32.p0", fnty=kind)
+                builder.call(masked, [args[1], target, INT(4), args[2]])
+            else:
+                builder.store(builder.select(args[2], args[1], zero), target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, vector, Predicate(width)), codegen
 
     def hard_gate(builder, a):
         """min(max(a + 3, 0), 6) / 6, NaN kept."""
@@ -246,7 +283,8 @@ def operations(width: int) -> SimpleNamespace:
         mul=binary(lambda b, x, y: b.fmul(x, y)),
         maximum=binary(lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x)),
         minimum=binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x)),
-        bits_and=binary(bitwise_and),
+        load_mask=load_mask,
+        store_kept=store_kept,
         hardsigmoid=unary(hard_gate),
         hardswish=unary(lambda b, x: b.fmul(x, hard_gate(b, x))),
         even=binary(lambda b, x, y: constant_shuffle(b, x, y, list(range(0, 2 * width, 2)))),

@@ -1,0 +1,87 @@
+"""Steps that only move values: into another layout, into stride phases, side by side."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from nbs_lib.compiler.layout import Flat, Planar
+from nbs_lib.compiler.steps import Launch, Step, whole
+from nbs_lib.kernels import copy as kernels
+
+
+def split_by_phase(layer) -> bool:
+    """Strided layers read phases, but for depthwise layers of stride 2, whose kernel strides by itself."""
+    return layer.stride != (1, 1) and not (layer.kind == "depthwise" and layer.stride == (2, 2))
+
+
+def phases(layer) -> dict[tuple[int, int], int]:
+    """Phases (tap position modulo stride) a layer reads -> their number."""
+    axes = zip(layer.shape[2:], layer.dilation, layer.stride, strict=True)
+    taps = [sorted({k * d % s for k in range(n)}) for n, d, s in axes]
+    return {(h, w): i for i, (h, w) in enumerate((h, w) for h in taps[0] for w in taps[1])}
+
+
+def tap_offsets(layer, x: Planar) -> np.ndarray:
+    """Floats from an output pixel to the input of tap (kh, kw) in the first channel: int64 (Kh, Kw)."""
+    kh = np.arange(layer.Kh)[:, None] * layer.dilation[0]
+    kw = np.arange(layer.Kw)[None, :] * layer.dilation[1]
+    if not split_by_phase(layer):
+        return (kh - layer.padding[0]) * x.row + kw - layer.padding[2]
+    number, (sh, sw) = phases(layer), layer.stride
+    phase = np.array([[number[int(h % sh), int(w % sw)] for w in kw[0]] for h in kh[:, 0]])
+    return phase * x.plane + kh // sh * x.row + kw // sw
+
+
+def channel_distance(layer, x: Planar) -> int:
+    """Floats from one input channel to the next: phases of a channel lie together."""
+    return x.plane * (len(phases(layer)) if split_by_phase(layer) else 1)
+
+
+def _distances(prefix: str, value: Planar | Flat | None, shape) -> dict[str, int]:
+    """Bytes between images, channels and rows of a value, or (None) of a contiguous array of `shape`."""
+    if isinstance(value, Planar):
+        image, plane, row = value.image, value.plane, value.row
+    else:
+        plane, row = shape[2] * shape[3], shape[3]
+        image = value.image if value is not None else shape[1] * plane
+    return {f"{prefix}_image": 4 * image, f"{prefix}_plane": 4 * plane, f"{prefix}_row": 4 * row}
+
+
+def copy(step: Step, threads: int, name: str, shape, source, target) -> list[Launch]:
+    """Bring a value of `shape` from `source` (None: the caller's or PyTorch's contiguous array) to `target`."""
+    if len(shape) != 4 or target.images != shape[0]:
+        shape = (target.images, 1, 1, math.prod(shape) // target.images)
+    fields = {"x": source.address if source else 0, "out": target.address, "images": shape[0]}
+    fields |= _distances("x", source, shape) | _distances("out", target, shape)
+    fields |= {"rows": shape[2], "columns": shape[3], "height": shape[2], "width": shape[3]}
+    fields |= {"h_first": 0, "w_first": 0, "h_step": 1}
+    return [Launch(kernels.kernel(1, shape[3]), whole(threads, 0, shape[1]), fields, None if source else name)]
+
+
+def split(step: Step, threads: int, name: str, shape, source, x: Planar, layer) -> list[Launch]:
+    """Copy a strided layer's input into its phases, padding included."""
+    kernel = kernels.kernel(layer.stride[1], min(x.W - 1, shape[3] // layer.stride[1]))
+    fields = {"x": source.address if source else 0, "images": shape[0], "rows": x.H, "columns": x.W}
+    fields |= {"height": shape[2], "width": shape[3], "h_step": layer.stride[0]}
+    fields |= _distances("x", source, shape) | _distances("out", x, None)
+    fields |= {"out_plane": 4 * channel_distance(layer, x)}
+    launches = []
+    for (h, w), phase in phases(layer).items():
+        at = {"out": x.address + 4 * phase * x.plane, "h_first": h - layer.padding[0], "w_first": w - layer.padding[2]}
+        launches.append(Launch(kernel, whole(threads, 0, shape[1]), fields | at, None if source else name))
+    return launches
+
+
+def cat(step: Step, threads: int, parts: list[Planar], out: Planar) -> list[Launch]:
+    """Copy images side by side along the channels."""
+    launches, channel = [], 0
+    for part in parts:
+        shape = (out.images, part.C, out.H, out.W)
+        (launch,) = copy(step, threads, "", shape, part, out)
+        launches.append(launch)
+        launch.fields["out"] += 4 * channel * out.plane
+        channel += part.C
+    step.kernel = launches[0].kernel.name
+    return launches

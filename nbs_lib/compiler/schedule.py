@@ -1,0 +1,48 @@
+"""Cuts convolutions into tiles and shares them among threads (mapping 4.3: load balance)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbs_lib.compiler.packing import cut, share
+from nbs_lib.compiler.steps import Launch, Ranges, Step, Tiled
+
+
+def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
+    """A step's launches. `reverse` walks backwards, over what the step before has just left in the cache."""
+    launches, tiles = [], []
+    for part in step.emit() if step.emit else []:
+        if not isinstance(part, Tiled):
+            launches.append(part)
+            continue
+        pieces = cut(part.vectors, part.rows)
+        for (vectors, count, first), ranges in zip(pieces, balanced(threads, pieces, part.columns), strict=True):
+            launches.append(part.launch(vectors, count, first, ranges, reverse))
+            tiles.append(f"{part.rows}x{vectors}")
+    step.kernels = list(dict.fromkeys(launch.kernel.name for launch in launches))
+    if tiles:
+        step.kernel, step.tile = step.kernels[0], " ".join(dict.fromkeys(tiles))
+    return launches[::-1] if reverse else launches
+
+
+def balanced(threads: int, pieces: tuple[tuple[int, int, int], ...], columns: np.ndarray) -> list[Ranges]:
+    """One range list per piece (vectors, tiles, first) of a convolution: by tiles or by groups, whichever is more even.
+
+    `columns`: kept columns per group, the work of one tile.
+    """
+    loads, counts = [0] * threads, []
+    for vectors, tiles, _ in pieces:
+        counts.append([0] * threads)
+        for _ in range(tiles):
+            lightest = loads.index(min(loads))
+            counts[-1][lightest] += 1
+            loads[lightest] += vectors
+    shares = share(columns + 1.0, threads)
+    heaviest = max((columns[begin:end] + 1.0).sum() for begin, end in shares) / (columns + 1.0).sum()
+    by_tile = max(loads) / sum(loads) <= 1.02 * heaviest
+    ranges = []
+    for count, (_, tiles, _) in zip(counts, pieces, strict=True):
+        ends = np.cumsum(count)
+        tile_ranges = [(int(end - n), int(end), 0, len(columns)) for end, n in zip(ends, count, strict=True)]
+        ranges.append(tile_ranges if by_tile else [(0, tiles, begin, end) for begin, end in shares])
+    return ranges
