@@ -1,0 +1,84 @@
+"""Mapping: a dict {layer name: Choice} that also knows why, and which layers it leaves out. Round-trips as JSON."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from nbs_lib.paths import write_atomic
+from nbs_lib.schemes import Choice, Scheme
+
+
+class Mapping(dict):
+    """{layer name: Choice}; a layer left unpruned is absent. `layers`: a plain dict for every layer of the network
+    (layer, kind, shape, groups, macs, reason)."""
+
+    def __init__(self, choices: dict[str, Choice] | Iterable = (), layers: Iterable[dict] = ()):
+        super().__init__(choices)
+        self.layers = list(layers)
+
+    def report(self) -> pd.DataFrame:
+        """One row per layer of the network: layer, kind, shape, macs (dense, per image), scheme, nominal rate, reason.
+        Layers left out have the scheme "dense" and rate 1."""
+        known = {row["layer"]: row for row in self.layers}
+        rows = [row | {"scheme": "dense", "rate": 1.0} | _as_row(self.get(name)) for name, row in known.items()]
+        rows += [{"layer": name} | _as_row(choice) for name, choice in self.items() if name not in known]
+        return pd.DataFrame(rows, columns=["layer", "kind", "shape", "macs", "scheme", "rate", "reason"])
+
+    def to_json(self) -> dict:
+        """Plain dict; `from_json` is its inverse."""
+        return {"choices": {name: choice.to_json() for name, choice in self.items()}, "layers": self.layers}
+
+    @staticmethod
+    def from_json(data: dict) -> "Mapping":
+        choices = {name: Choice.from_json(choice) for name, choice in data["choices"].items()}
+        return Mapping(choices, [row | {"shape": tuple(row["shape"])} for row in data["layers"]])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON form, atomically."""
+        return write_atomic(path, json.dumps(self.to_json(), indent=1))
+
+    @staticmethod
+    def load(path: str | Path) -> "Mapping":
+        """Read what `save` wrote. Raises ValueError naming the file where it holds something else."""
+        try:
+            return Mapping.from_json(json.loads(Path(path).read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Expected a mapping written by Mapping.save. Got {path}: {error!r}.") from error
+
+
+def _as_row(choice: Choice | None) -> dict:
+    return {"scheme": str(choice.scheme), "rate": choice.rate} if choice else {}
+
+
+def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict[str, Scheme], list[dict]]:
+    """Which layers of the graph get which scheme, and the row of every layer, with the reason where it gets none.
+
+    conv, linear: a scheme, or several of which the first legal one is taken, or None. Depthwise layers, stems (CONV
+    with fewer than 4 input channels) and ignored layers get none. Raises KeyError for an unknown ignored layer and
+    TypeError for what is no scheme."""
+    options = {"conv": _listed(conv), "linear": _listed(linear), "depthwise": ()}
+    if unknown := set(ignored := set(ignored_layers)) - set(graph.layers):
+        raise KeyError(f"Expected ignored_layers out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")
+    schemes, rows = {}, []
+    for layer in graph.layers.values():
+        if layer.name in ignored:
+            reason = "ignored on request"
+        elif layer.kind == "conv" and layer.Q * layer.groups < 4:
+            reason = "stem: fewer than 4 input channels"
+        elif legal := [scheme for scheme in options[layer.kind] if scheme.legal(layer)[0]]:
+            schemes[layer.name], reason = legal[0], ""
+        else:
+            reasons = [scheme.legal(layer)[1] for scheme in options[layer.kind]]
+            reason = "; ".join(reasons) or f"{layer.kind} layers are left dense"
+        facts = {"layer": layer.name, "kind": layer.kind, "shape": tuple(layer.shape), "groups": layer.groups}
+        rows.append(facts | {"macs": int(layer.macs), "reason": reason})
+    return schemes, rows
+
+
+def _listed(given: Scheme | list[Scheme] | tuple[Scheme, ...] | None) -> tuple[Scheme, ...]:
+    schemes = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
+    if not all(isinstance(scheme, Scheme) for scheme in schemes):
+        raise TypeError(f"Expected a scheme such as BlockPunched(8, 4), several, or None. Got {given!r}.")
+    return schemes
