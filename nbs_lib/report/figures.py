@@ -1,0 +1,83 @@
+"""One look for every figure, and the generic shapes the notebooks draw: tidy frames in, marks on an `ax` out.
+
+Where a number comes from is never left to the reader: a drawn frame has a column `provenance`, which fixes the colour
+and stands in every legend.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+COLOURS = {"paper": "#444444", "measured here": "#1f6fb4", "cached": "#86b", "simulated": "#e82", "phone": "#2a6"}
+
+
+def style() -> None:
+    """Set the house style for all figures drawn afterwards."""
+    sns.set_theme(style="whitegrid", font_scale=0.9)
+    plt.rcParams.update({"figure.figsize": (8, 4.5), "figure.constrained_layout.use": True, "svg.hashsalt": "prunemap"})
+
+
+def label(rows: pd.DataFrame, cached: bool = False) -> pd.DataFrame:
+    """Measured rows with their `provenance`, told from `device`; `cached`: host rows that were not taken just now."""
+    known = {"host": "cached" if cached else "measured here", "simulated": "simulated"}
+    return rows.assign(provenance=[known.get(device.partition(":")[0], "phone") for device in rows["device"]])
+
+
+def heat(mask: np.ndarray, ax: plt.Axes | None = None, title: str = "") -> plt.Axes:
+    """Draw a mask, or the magnitudes of weights: (P, Q), or (P, Q, Kh, Kw) as a grid of P x Q kernels."""
+    ax, mask = ax or plt.gca(), np.abs(np.asarray(mask, dtype=float))
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"Expected an array with 2 or 4 dimensions. Got shape {mask.shape}.")
+    p, q, kh, kw = *mask.shape[:2], *(mask.shape[2:] or (1, 1))
+    if mask.size:
+        grid = mask.reshape(p, q, kh, kw).transpose(0, 2, 1, 3).reshape(p * kh, q * kw)
+        ax.imshow(grid, cmap="Blues", vmin=0, interpolation="nearest")
+    ax.grid(False)
+    ax.set(title=title, xlabel=f"{q} input channels", ylabel=f"{p} filters", xticks=[], yticks=[])
+    if kh * kw > 1 and max(p * kh, q * kw) <= 300:
+        ax.vlines(np.arange(1, q) * kw - 0.5, -0.5, p * kh - 0.5, color="#999999", linewidth=0.4)
+        ax.hlines(np.arange(1, p) * kh - 0.5, -0.5, q * kw - 0.5, color="#999999", linewidth=0.4)
+    return ax
+
+
+def bars(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
+    """Draw bars of `y` over the categories `x`, a series per provenance (and value of `by`); NaN leaves a gap."""
+    ax, frame, palette = _prepare(frame, x, y, by, ax)
+    if len(frame):
+        sns.barplot(frame, x=x, y=y, hue="series", palette=palette, saturation=1, errorbar=None, ax=ax)
+        for container in ax.containers:
+            ax.bar_label(container, fmt=lambda height: "" if np.isnan(height) else f"{height:.3g}", fontsize="x-small")
+    return _finish(ax, x, y)
+
+
+def lines(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
+    """Draw `y` over `x` as lines with markers, a series per provenance (and value of `by`)."""
+    ax, frame, palette = _prepare(frame, x, y, by, ax)
+    if len(frame):
+        look = {"hue": "series", "style": "series", "palette": palette, "markers": True, "dashes": False}
+        sns.lineplot(frame, x=x, y=y, errorbar=None, ax=ax, **look)
+    return _finish(ax, x, y)
+
+
+def _prepare(frame, x, y, by, ax) -> tuple[plt.Axes, pd.DataFrame, dict]:
+    """Check the columns; add a column `series`, and give each series a shade of its provenance's colour."""
+    missing = {x, y, by or x, "provenance"} - set(frame.columns)
+    if missing:
+        raise ValueError(f"Expected the columns {sorted(missing)}. Got {list(frame.columns)}.")
+    unknown = set(frame["provenance"]) - set(COLOURS)
+    if unknown:
+        raise ValueError(f"Expected a provenance of {list(COLOURS)}. Got {sorted(map(str, unknown))}.")
+    series = frame["provenance"] if by is None else frame[by].astype(str) + ", " + frame["provenance"]
+    palette = {}
+    for provenance, names in series.groupby(frame["provenance"], sort=False):
+        shades = sns.light_palette(COLOURS[provenance], names.nunique() + 1, reverse=True)
+        palette |= dict(zip(names.unique(), shades, strict=False))
+    return ax or plt.gca(), frame.assign(series=series), palette
+
+
+def _finish(ax: plt.Axes, x: str, y: str) -> plt.Axes:
+    ax.set(xlabel=x, ylabel=y)
+    if ax.get_legend() is not None:
+        ax.get_legend().set_title(None)
+    return ax

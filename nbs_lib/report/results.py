@@ -1,0 +1,76 @@
+"""The results folder of one notebook: figures, tables, claims and the run that made them, replaced as one set.
+
+`run.json` is removed first and written last: where it stands, the set is whole.
+"""
+
+import datetime
+import io
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+
+import matplotlib.figure
+import pandas as pd
+
+from nbs_lib import paths
+from nbs_lib.measure.host import commit, cpu_model
+from nbs_lib.report.claims import Claims
+
+PACKAGES = ("prunemap", "numpy", "numba", "llvmlite", "torch", "torchvision", "pandas", "onnxruntime")
+
+
+def save(
+    notebook: str,
+    profile: str,
+    figures: Mapping[str, matplotlib.figure.Figure] | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    claims: Claims | None = None,
+    parameters: Mapping | None = None,
+    device: str = "host",
+    seed: int | None = None,
+) -> Path:
+    """Replace `results/<profile>/<notebook>/` and return it.
+
+    The first figure becomes `figure.png` and `.svg`, the first table `table.csv`; further ones carry their name
+    (`figure_<name>.png`, `table_<name>.csv`). `device`: where the numbers come from, in the words of measured rows.
+    Raises ValueError, before anything is written, for claims that are unanswered or another notebook's.
+    """
+    claims = Claims(notebook) if claims is None else claims
+    if claims.notebook != notebook or claims.unanswered():
+        missing = f"{claims.notebook} without {claims.unanswered()}"
+        raise ValueError(f"Expected every claim of {notebook} answered. Got {missing}.")
+    figure_stems, table_stems = _stems("figure", figures or {}), _stems("table", tables or {})
+    files: dict[str, bytes | str] = {"claims.csv": claims.frame().to_csv(index=False)}
+    for name, stem in figure_stems.items():
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figures[name].savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            files[f"{stem}.{kind}"] = buffer.getvalue()
+    for name, stem in table_stems.items():
+        files[f"{stem}.csv"] = tables[name].to_csv(index=False)
+    run = {"notebook": notebook, "profile": profile, "parameters": dict(parameters or {}), "seed": seed}
+    run |= {"device": device, "cpu": cpu_model(), "commit": commit()}
+    run["utc"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    installed = sorted((found.name, found.version) for found in distributions() if found.name in PACKAGES)
+    run["versions"] = dict([("python", platform.python_version()), *installed])
+    files["run.json"] = json.dumps(run | {"figures": figure_stems, "tables": table_stems}, indent=1)
+
+    folder = paths.results_dir(profile, notebook)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if old.suffix in (".png", ".svg", ".csv") and old.name not in files:
+            old.unlink()
+    for name, content in files.items():
+        paths.write_atomic(folder / name, content)
+    return folder
+
+
+def _stems(kind: str, named: Mapping) -> dict[str, str]:
+    """File names without their ending: the first is just the kind."""
+    wrong = [name for name in named if not name.replace("-", "_").isidentifier()]
+    if wrong:
+        raise ValueError(f"Expected names of letters, digits and '_' for each {kind}. Got {wrong}.")
+    return {name: f"{kind}_{name}" if number else kind for number, name in enumerate(named)}
