@@ -85,9 +85,11 @@ class Network:
                 joins.append(launch is launches[-1])
                 segment.end = len(functions)
                 self._kernels[launch.kernel.name] = launch.kernel
+            step.launched = (len(functions) - len(launches), len(functions))
             self._release(step)
         self._functions, self._arguments, self._joins = (np.array(v, np.int64) for v in (functions, arguments, joins))
         self._counter = np.zeros(1, np.int64)
+        self._times = None
 
     @staticmethod
     def _release(step: Step) -> None:
@@ -142,12 +144,12 @@ class Network:
         if segment.begin == segment.end:
             return
         self._counter[0] = 0
-        counter, threads = self._counter.ctypes.data, self.threads
+        tables, threads = (self._functions, self._arguments, self._joins), self.threads
+        counter = self._counter.ctypes.data
+        clock = self._times.ctypes.data if self._times is not None else 0
 
         def work(thread: int) -> None:
-            driver.run(
-                self._functions, self._arguments, self._joins, segment.begin, segment.end, thread, threads, counter
-            )
+            driver.run(*tables, segment.begin, segment.end, thread, threads, counter, clock)
 
         if threads == 1:
             work(0)
@@ -182,6 +184,24 @@ class Network:
             }  # fmt: skip
             rows.append(numbers | {name: getattr(step, name) for name in ("kernel", "tile", "path", "why")})
         return pd.DataFrame(rows, columns=EXPLAIN)
+
+    def profile(self, *inputs, runs: int = 20) -> pd.DataFrame:
+        """`explain()` with a column `ms`: what each step took, median of `runs` runs (NaN for steps through PyTorch).
+
+        Compiled code reads the clock after every step, so steps lie in the caches as they do in any run.
+        """
+        samples = []
+        try:
+            for _ in range(runs + 1):
+                self._times = np.zeros((len(self._functions) + 1, 2), np.int64)
+                self(*inputs)
+                samples.append(np.diff(self._times @ (1e3, 1e-6)))
+        finally:
+            self._times = None
+        taken = np.median(samples[1:], axis=0)
+        frame = self.explain()
+        frame["ms"] = [taken[slice(*step.launched)].sum() if step.path != "torch" else np.nan for step in self.steps]
+        return frame
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""

@@ -57,6 +57,7 @@ class Step:
     exports: dict[str, Planar | Flat] = field(default_factory=dict)  # values PyTorch reads: name -> where they lie
     kernel: str = ""
     tile: str = ""
+    launched: tuple[int, int] = (0, 0)  # its first launch in the program, and the end of them
     kernels: list[str] = field(default_factory=list)  # names of all kernels that compute it
     path: str = "copy"  # "sparse", "dense", "torch", "copy"
     why: str = ""

@@ -7,20 +7,26 @@ from numba import njit, types
 from nbs_lib.kernels.vector import atomic_load, call, fetch_add
 
 SPINS = 2_000  # looks at the counter before a waiting thread offers its core to others
+MONOTONIC = 1  # CLOCK_MONOTONIC
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
+clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-@njit("void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64)", nogil=True, cache=True)
-def run(functions, arguments, joins, begin, end, thread, threads, counter):
-    """Run steps `begin` .. `end` as thread `thread` of `threads`.
+@njit("void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64, int64)", nogil=True, cache=True)
+def run(functions, arguments, joins, begin, end, thread, threads, counter, times):
+    """Run launches `begin` .. `end` as thread `thread` of `threads`.
 
-    `functions`, `arguments`: int64 addresses per step. `joins`: 1 where all threads must have finished before the next
-    step. `counter`: address of an int64, zero at the start of the run, that the threads count their arrivals in.
+    `functions`, `arguments`: int64 addresses per launch. `joins`: 1 where all threads must have finished before the
+    next one. `counter`: address of an int64, zero at the start of the run, that the threads count their arrivals in.
+    `times`: 0, or the address of one timespec more than there are launches, which thread 0 fills.
     """
     arrivals = 0
-    for step in range(begin, end):
-        call(functions[step], arguments[step], thread)
-        if threads > 1 and joins[step]:
+    record = times != 0 and thread == 0
+    if record:
+        clock_gettime(MONOTONIC, times + 16 * begin)
+    for launch in range(begin, end):
+        call(functions[launch], arguments[launch], thread)
+        if threads > 1 and joins[launch]:
             arrivals += threads
             fetch_add(counter, 1)
             spins = 0
@@ -28,3 +34,5 @@ def run(functions, arguments, joins, begin, end, thread, threads, counter):
                 spins += 1
                 if spins > SPINS:
                     sched_yield()
+        if record:
+            clock_gettime(MONOTONIC, times + 16 * (launch + 1))
