@@ -100,7 +100,8 @@ def depthwise(step: Step, threads: int, layer, x: Planar, out: Planar, residual:
         "planes": step.hold(int32(4 * np.arange(layer.P) * out.plane)),
         "rows": rows, "out_row": 4 * out.row, "x_row": 8 * x.row,
     }  # fmt: skip
-    kernel = depthwise_kernels.kernel(layer.Kh, layer.Kw, stride, vectors, step.operation.epilogue)
+    apart = 0 if split_by_phase(layer) else layer.dilation[1]
+    kernel = depthwise_kernels.kernel(layer.Kh, layer.Kw, apart, stride, vectors, step.operation.epilogue)
     _count(step, step.operation.weight, 0, out.images * out.H * out.W)
     step.kernel, step.tile, step.path, step.why = kernel.name, f"1x{vectors}", "dense", "depthwise: few weights"
     return [Launch(kernel, whole(threads, tiles, layer.P), fields)]

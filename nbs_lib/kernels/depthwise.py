@@ -17,16 +17,57 @@ FIELDS = (
 
 
 @cache
-def kernel(kernel_h: int, kernel_w: int, stride: int, vectors: int, epilogue: tuple[str, ...]) -> Kernel:
-    """Stride 1: `vectors` registers at a time over the flat image (`rows` is 1). Stride 2: per output row."""
+def kernel(kernel_h: int, kernel_w: int, apart: int, stride: int, vectors: int, epilogue: tuple[str, ...]) -> Kernel:
+    """Stride 1: `vectors` registers at a time over the flat image (`rows` is 1). Stride 2: per output row.
+
+    `apart`: floats from one tap of a kernel row to the next (the dilation); 0 where only `taps` knows (phases).
+    """
     if stride not in (1, 2):
         raise ValueError(f"Expected stride 1 or 2 for the depthwise kernel. Got {stride}.")
-    name = f"depthwise_{kernel_h}x{kernel_w}s{stride}_v{vectors}_{'_'.join(epilogue) or 'linear'}"
-    text = source(kernel_h, kernel_w, stride, vectors, epilogue, 4 * width())
-    return build(name, text, FIELDS, width())
+    size = f"{kernel_h}x{kernel_w}s{stride}" + f"d{apart}" * (apart != 1)
+    name = f"depthwise_{size}_v{vectors}_{'_'.join(epilogue) or 'linear'}"
+    read = _whole_rows if stride == 1 else _every_second
+    lines = [line for h in range(kernel_h) for line in read(h, kernel_w, apart, vectors, width())]
+    return build(name, source(kernel_h, kernel_w, stride, vectors, epilogue, lines, 4 * width()), FIELDS, width())
 
 
-def source(kh: int, kw: int, stride: int, vectors: int, epilogue: tuple[str, ...], lanes: int) -> str:
+def _whole_rows(h: int, kernel_w: int, apart: int, vectors: int, lanes: int) -> list[str]:
+    """One kernel row at stride 1: each register is loaded once, its neighbours' lanes are slid in."""
+    middle = kernel_w // 2
+    shifts = [(w - middle) * apart for w in range(kernel_w)]
+    if apart == 0 or max(map(abs, shifts)) >= lanes:  # unknown, or too far to slide: load every tap
+        taps = [
+            (w, j, f"load(p + t{h * kernel_w + w} + {4 * lanes * j})") for w in range(kernel_w) for j in range(vectors)
+        ]
+        return [f"a{j} = fma({value}, w{h * kernel_w + w}, a{j})" for w, j, value in taps]
+    first, last = -1 if shifts[0] < 0 else 0, vectors + 1 if shifts[-1] > 0 else vectors
+    lines = [f"x{j + 1} = load(p + t{h * kernel_w + middle} + {4 * lanes * j})" for j in range(first, last)]
+    for w, shift in enumerate(shifts):
+        for j in range(vectors):
+            value = f"x{j + 1}"
+            if shift:
+                value = f"slide{shift}(x{j + 1}, x{j + 2})" if shift > 0 else f"slide{lanes + shift}(x{j}, x{j + 1})"
+            lines.append(f"a{j} = fma({value}, w{h * kernel_w + w}, a{j})")
+    return lines
+
+
+def _every_second(h: int, kernel_w: int, apart: int, vectors: int, lanes: int) -> list[str]:
+    """One kernel row at stride 2: two registers hold the lanes of one tap and, undilated, those of the next."""
+    lines = []
+    for w in range(0, kernel_w, 2 if apart == 1 else 1):
+        tap = h * kernel_w + w
+        for j in range(vectors):
+            lines += [
+                f"x0 = load(p + t{tap} + {8 * lanes * j})",
+                f"x1 = load(p + t{tap} + {8 * lanes * j + 4 * lanes})",
+            ]
+            lines += [f"a{j} = fma(even(x0, x1), w{tap}, a{j})"]
+            if apart == 1 and w + 1 < kernel_w:
+                lines += [f"a{j} = fma(odd(x0, x1), w{tap + 1}, a{j})"]
+    return lines
+
+
+def source(kh: int, kw: int, stride: int, vectors: int, epilogue: tuple[str, ...], reads: list[str], lanes: int) -> str:
     """Python source; `taps` holds the byte distance of each tap from (row * x_row + tile * stride) of its channel."""
     text = [*header(FIELDS), *ending.constants(epilogue)]
     text += [
@@ -46,13 +87,9 @@ def source(kh: int, kw: int, stride: int, vectors: int, epilogue: tuple[str, ...
         f"                    p = source + row * x_row + {stride} * position",
         "                    target = plane + row * out_row + position",
     ]
-    inner = [f"a{j} = b" for j in range(vectors)]
-    for tap in range(kh * kw):
-        for j in range(vectors):
-            at = f"p + t{tap} + {stride * lanes * j}"
-            value = f"load({at})" if stride == 1 else f"even(load({at}), load({at} + {lanes}))"
-            inner += [f"a{j} = fma({value}, w{tap}, a{j})"]
+    inner = [f"a{j} = b" for j in range(vectors)] + reads
     for j in range(vectors):
         value = ending.apply(epilogue, f"a{j}", f"residual + target + {lanes * j}")
-        inner += [f"store_kept(out + target + {lanes * j}, {value}, load_mask(mask + position + {lanes * j}))"]
+        mask = f"load_mask(mask + position + {lanes * j})"
+        inner += [f"store_kept(out + target + {lanes * j}, {value}, {mask})"]
     return "\n".join(text + [" " * 20 + line for line in inner])

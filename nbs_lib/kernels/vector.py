@@ -163,7 +163,7 @@ def operations(width: int) -> SimpleNamespace:
     """Operations on vectors of `width` float32; every name is about one machine instruction.
 
     `load_mask` reads int32 lanes (not 0: true); `store_kept` writes those lanes and leaves zeros in the others zero;
-    `even` and `odd` take every second lane of two vectors; `total` sums the lanes.
+    `even` and `odd` take every second lane of two vectors, `slide<n>` the lanes from n on; `total` sums the lanes.
 
     NaN passes through `maximum(x, bound)` and `minimum(x, bound)` when it is in `x`, as in PyTorch's clamp.
     """
@@ -289,4 +289,8 @@ def operations(width: int) -> SimpleNamespace:
         hardswish=unary(lambda b, x: b.fmul(x, hard_gate(b, x))),
         even=binary(lambda b, x, y: constant_shuffle(b, x, y, list(range(0, 2 * width, 2)))),
         odd=binary(lambda b, x, y: constant_shuffle(b, x, y, list(range(1, 2 * width, 2)))),
+        **{
+            f"slide{n}": binary(lambda b, x, y, n=n: constant_shuffle(b, x, y, list(range(n, n + width))))
+            for n in range(1, width)
+        },
     )
