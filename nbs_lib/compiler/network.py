@@ -111,14 +111,21 @@ class Network:
                 else:
                     self._export(part.exports, values)
                     if part.path == "torch":
-                        arguments = [values[name] for name in part.operation.node.inputs]
-                        values[part.operation.output.name] = part.operation.node.call(*arguments)
+                        values[part.operation.output.name] = self._fall_back(part.operation.node, values)
             self._export(self._outputs, values)
-            made = [values[name] for name in self.graph.outputs]
+            made = [values[n].clone() if n in self._constants else values[n] for n in self.graph.outputs]
         first = inputs[0][0] if isinstance(inputs[0], tuple | list) else inputs[0]
         if isinstance(first, np.ndarray):
             made = [value.numpy() if isinstance(value, torch.Tensor) else value for value in made]
         return self.graph.unflatten(made)
+
+    @staticmethod
+    def _fall_back(node, values: dict):
+        """Run one operator through PyTorch."""
+        arguments = [values[name] for name in node.inputs]
+        if node.op == "reshape":  # a view in PyTorch may need a copy here, as compiled results are always contiguous
+            return arguments[0].reshape(node.shape)
+        return node.call(*arguments)
 
     def _take(self, inputs) -> list[torch.Tensor]:
         if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
@@ -127,13 +134,15 @@ class Network:
             raise ValueError(f"Expected {len(self.example_inputs)} inputs, as in example_inputs. Got {len(inputs)}.")
         taken = []
         for number, (value, example) in enumerate(zip(inputs, self.example_inputs, strict=True)):
+            if isinstance(value, np.ndarray):
+                value = np.ascontiguousarray(value)  # PyTorch takes no negative strides
             value = torch.as_tensor(value).detach()
             if tuple(value.shape) != tuple(example.shape) or value.dtype != example.dtype:
                 raise ValueError(
                     f"Expected input {number} of shape {tuple(example.shape)}, {example.dtype}, as compiled. "
                     f"Got {tuple(value.shape)}, {value.dtype}. Compile again for another shape."
                 )
-            taken.append(value.cpu())
+            taken.append(value.cpu().contiguous())
         return taken
 
     def _run(self, segment: Segment, values: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
+from nbs_lib.kernels.jit import cached
 from nbs_lib.kernels.vector import atomic_load, call, fetch_add
 
 SPINS = 2_000  # looks at the counter before a waiting thread offers its core to others
@@ -12,7 +13,6 @@ sched_yield = types.ExternalFunction("sched_yield", types.int32())
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-@njit("void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64, int64)", nogil=True, cache=True)
 def run(functions, arguments, joins, begin, end, thread, threads, counter, times):
     """Run launches `begin` .. `end` as thread `thread` of `threads`.
 
@@ -36,3 +36,7 @@ def run(functions, arguments, joins, begin, end, thread, threads, counter, times
                     sched_yield()
         if record:
             clock_gettime(MONOTONIC, times + 16 * (launch + 1))
+
+
+SIGNATURE = "void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64, int64)"
+run = cached(njit(SIGNATURE, nogil=True, cache=True), run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import llvmlite
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 from nbs_lib.kernels import vector
 from nbs_lib.paths import cache_dir, write_atomic
@@ -57,6 +59,17 @@ def _fingerprint() -> str:
     return hashlib.sha256((text + numba.__version__ + llvmlite.__version__).encode()).hexdigest()[:12]
 
 
+def cached(compile: Callable, function: Callable):
+    """`compile(function)` through Numba's disk cache; a damaged entry is thrown away and made again."""
+    try:
+        return compile(function)
+    except Exception:  # whatever reading a damaged file raises; a real error of the source comes again below
+        entry = FunctionCache(function)._impl
+        for path in Path(entry.locator.get_cache_path()).glob(f"{entry.filename_base}*"):
+            path.unlink(missing_ok=True)
+        return compile(function)
+
+
 @cache
 def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel:
     """Compile `source` (a module body defining `kernel`) for vectors of `width` floats."""
@@ -69,13 +82,13 @@ def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel
     text = imports + source + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = cache_dir() / "kernels" / _fingerprint() / f"{name}_{digest}.py"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != text.encode():
         write_atomic(path, text)
     spec = importlib.util.spec_from_file_location(f"nbs_kernel_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Numba pickles functions by module name
     spec.loader.exec_module(module)
-    function = numba.cfunc("void(int64, int64)", nopython=True, cache=True)(module.kernel)
+    function = cached(numba.cfunc("void(int64, int64)", nopython=True, cache=True), module.kernel)
     return Kernel(name, source, fields, function.address, function)
 
 

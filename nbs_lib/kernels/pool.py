@@ -40,7 +40,7 @@ def rows_source(operation: str, taps: int, stride: int, lanes: int) -> str:
     inner = []
     for t in range(taps):
         value = f"load(p + t{t})" if stride == 1 else f"even(load(p + t{t}), load(p + t{t} + {lanes}))"
-        inner += [f"a = {value}" if t == 0 else f"a = {'maximum' if operation == 'max' else 'add'}(a, {value})"]
+        inner += [f"a = {value}" if t == 0 else f"a = {'largest' if operation == 'max' else 'add'}(a, {value})"]
     if operation == "average":
         inner += ["a = mul(a, load(scale + row * scale_row + position))"]
     inner += ["store_kept(target + row * out_row + position, a, load_mask(mask + position))"]

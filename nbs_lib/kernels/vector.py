@@ -282,6 +282,8 @@ def operations(width: int) -> SimpleNamespace:
         add=binary(lambda b, x, y: b.fadd(x, y)),
         mul=binary(lambda b, x, y: b.fmul(x, y)),
         maximum=binary(lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x)),
+        # The larger one, and NaN if either is: PyTorch's max pooling.
+        largest=binary(lambda b, x, y: b.select(b.or_(b.fcmp_ordered(">", y, x), b.fcmp_unordered("uno", y, y)), y, x)),
         minimum=binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x)),
         load_mask=load_mask,
         store_kept=store_kept,
