@@ -27,7 +27,8 @@ NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 # A module imports only from its own room and from rooms above it.
 ROOMS = ["paths", "data", "models", "train", "layers", "schemes", "pruning", "formats", "clock", "kernels", "compiler"]
 ROOMS += ["measure", "latency", "mapping", "nps", "report", "reproduce"]
-TORCH = {"data", "models", "train", "layers", "pruning", "compiler", "measure/peers.py"}  # who may import torch
+# Who may import torch.
+TORCH = {"data", "models", "train", "layers", "pruning", "compiler", "measure/peers.py", "measure/testnets.py"}
 
 
 def room_of(file):

@@ -113,9 +113,11 @@ def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -
     matrix = operation.weight
     missing = -len(matrix) % lanes
     blocks = np.pad(matrix, ((0, missing), (0, 0))).reshape(-1, lanes, matrix.shape[1])
-    group, columns = np.nonzero((blocks != 0).any(axis=1))
-    begins = np.searchsorted(group, np.arange(len(blocks) + 1))
-    weights = np.ascontiguousarray(blocks.transpose(0, 2, 1)[group, columns])
+    kept = (blocks != 0).any(axis=1)
+    columns = np.nonzero(kept)[1]
+    begins = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+    by_column = blocks.transpose(0, 2, 1)
+    weights = np.ascontiguousarray(by_column if kept.all() else by_column[kept])
     fields = _common(step, x, out, residual) | {
         "weights": step.hold(weights), "columns": step.hold(int32(4 * columns)), "begins": step.hold(int32(begins)),
         "planes": step.hold(int32(4 * lanes * np.arange(len(blocks)))),

@@ -77,9 +77,15 @@ def _start(graph: Graph, node: Node) -> Operation:
     if node.op not in ("conv2d", "linear"):
         return Operation(node, node)
     layer = graph.layers[node.layer]
-    weight = np.where(np.abs(layer.weight) < TINY, np.float32(0), layer.weight).astype(np.float32)
+    weight = _flush(layer.weight)
     bias = np.zeros(layer.P, np.float32) if layer.bias is None else layer.bias.astype(np.float32)
     return Operation(node, node, weight, bias)
+
+
+def _flush(weight: np.ndarray) -> np.ndarray:
+    """float32 with exact zeros for what is smaller than TINY; the array itself where there is nothing to do."""
+    tiny = np.abs(weight) < TINY
+    return np.where(tiny, np.float32(0), weight) if (weight[tiny] != 0).any() else weight
 
 
 def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
@@ -88,8 +94,7 @@ def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
         if len(follower.shape) != (4 if operation.node.op == "conv2d" else 2):
             return False
         scale, shift = follower.attrs["scale"], follower.attrs["shift"]
-        weight = operation.weight * scale.reshape(-1, *[1] * (operation.weight.ndim - 1))
-        operation.weight = np.where(np.abs(weight) < TINY, np.float32(0), weight)
+        operation.weight = _flush(operation.weight * scale.reshape(-1, *[1] * (operation.weight.ndim - 1)))
         operation.bias = operation.bias * scale + shift
         return True
     if follower.op in ACTIVATIONS:

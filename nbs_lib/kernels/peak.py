@@ -20,7 +20,7 @@ def _source(lanes: int) -> str:
     return "\n".join(text + [f"    store(x + {lanes * (i + 1)}, a{i})" for i in range(ACCUMULATORS)])
 
 
-def peak_gmacs(repeats: int = 5, milliseconds: float = 5.0) -> float:
+def peak_gmacs(repeats: int = 5, milliseconds: float = 20.0) -> float:
     """Multiply-adds of one core in GMAC/s (float32): best of `repeats`, full-width vectors, 16 accumulators."""
     lanes = 4 * width()
     kernel = build("peak", _source(lanes), FIELDS, width())
