@@ -248,6 +248,14 @@ def test_pools():
     assert not net.explain().path.eq("torch").any()
 
 
+def test_images_beyond_the_caches():
+    """Large inputs take kernels that prefetch, with short lists of columns and with long ones."""
+    short = conv(16, 9, 1)
+    long = nn.Sequential(conv(16, 64, 3, 2, bias=False), nn.ReLU(), conv(64, 8, 3, padding=1))
+    net = agrees(Branches(short=short, long=long), torch.randn(1, 16, 263, 261))
+    assert steps(net, "conv2d").kernel.str.contains("_ahead").all()
+
+
 @pytest.mark.parametrize("batch", [1, 2, 8, 9])
 def test_linear(batch):
     models = {
@@ -670,6 +678,14 @@ def test_numpy_arrays_torch_cannot_wrap(small):
     same(torch.from_numpy(net(reversed_array)), net(x.flip(2)))
 
 
+def test_scalar_inputs():
+    """NumPy's arrays without dimensions are taken as such."""
+    model = Lambda(lambda x, factor, layer: layer(x) * factor, conv(3, 4, 1))
+    x, factor = torch.randn(1, 3, 4, 4), torch.tensor(2.0)
+    net = agrees(model, x, factor)
+    same(torch.from_numpy(net(x.numpy(), factor.numpy())), net(x, factor))
+
+
 def test_caller_owns_the_result(small):
     _, x, net = small
     first = net(x)
@@ -705,6 +721,16 @@ def test_wrong_calls(small):
         with pytest.raises(ValueError, match=message):
             net(*wrong)
     same(net(x), net(x))  # still fit for use
+
+
+@pytest.mark.parametrize("wrong", [None, "a", {}, [[1.0, 2.0]]], ids=str)
+def test_inputs_that_are_no_arrays(small, wrong):
+    """Expected what, got what: also for what is neither an array nor a tensor."""
+    model, _, net = small
+    with pytest.raises((TypeError, ValueError), match="Expected.*Got"):
+        net(wrong)
+    with pytest.raises((TypeError, ValueError), match="Expected.*Got"):
+        compile(model, wrong)
 
 
 def test_wrong_compilations():
@@ -761,6 +787,14 @@ def test_explain(small):
         assert row.nnz == spec.nnz and row.kernel and row.tile and row.why and row.weight_bytes
     assert net.macs == layers.macs.sum() == net.graph.macs * len(x)
     assert net.effective_macs == table.effective_macs.sum() and net.fallback_macs == 0
+
+
+def test_profile(small):
+    """One time per compiled step beside what explain() says; measuring changes nothing."""
+    _, x, net = small
+    before, table = net(x), net.profile(x, runs=2)
+    assert table.columns.tolist() == [*EXPLAIN, "ms"] and table[EXPLAIN].equals(net.explain())
+    assert (table.ms >= 0).all() and torch.equal(net(x), before)
 
 
 def test_bytes(small):

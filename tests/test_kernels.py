@@ -421,6 +421,11 @@ def test_special_values_spread_as_in_pytorch(models, value):
     agrees(Branches(**models), x)
 
 
+def test_windows_of_padding_alone():
+    """A dilated window may see nothing of a narrow image: -inf, as in PyTorch, though padding is kept as zeros."""
+    agrees(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.MaxPool2d(2, 1, 1, dilation=2)), torch.randn(1, 3, 1, 9))
+
+
 def test_denormal_weights_are_zeros():
     layer = nn.Conv2d(4, 16, 1, bias=False)
     layer.weight.data[:8] = 1e-38
