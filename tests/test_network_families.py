@@ -31,7 +31,7 @@ FAMILIES = {
     "vgg11": (32, 32),
 }
 ALWAYS = {
-    "dense": {"googlenet", "mobilenet_v3_small", "squeezenet1_1"},
+    "dense": {"mobilenet_v3_small", "squeezenet1_1"},
     "pruned": {"mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"},
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nbs_lib.compiler.layout import place
+from nbs_lib.compiler.layout import Planar, place
 from nbs_lib.compiler.plan import Planner
 from nbs_lib.compiler.schedule import schedule
 from nbs_lib.compiler.steps import Step
@@ -62,6 +62,9 @@ class Network:
             lives[id(value)][1] = len(self.steps)
         for value in self._values:
             value.fix()
+        for value in self._values:
+            if isinstance(value, Planar):
+                value.lattice = None  # distances are settled; a cycle of references would keep the memory
         self._buffers = place(self._values, lives)
 
     def _assemble(self) -> None:
@@ -134,9 +137,7 @@ class Network:
             raise ValueError(f"Expected {len(self.example_inputs)} inputs, as in example_inputs. Got {len(inputs)}.")
         taken = []
         for number, (value, example) in enumerate(zip(inputs, self.example_inputs, strict=True)):
-            if isinstance(value, np.ndarray):
-                value = np.ascontiguousarray(value)  # PyTorch takes no negative strides
-            value = torch.as_tensor(value).detach()
+            value = _tensor(value, number)
             if tuple(value.shape) != tuple(example.shape) or value.dtype != example.dtype:
                 raise ValueError(
                     f"Expected input {number} of shape {tuple(example.shape)}, {example.dtype}, as compiled. "
@@ -259,6 +260,15 @@ class Network:
         )
 
 
+def _tensor(value, number: int) -> torch.Tensor:
+    """An input as a tensor; NumPy arrays with negative strides are copied, as PyTorch takes none."""
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        raise TypeError(f"Expected a tensor or a NumPy array as input {number}. Got {type(value).__name__}.")
+    if isinstance(value, np.ndarray) and any(stride < 0 for stride in value.strides):
+        value = value.copy()
+    return torch.as_tensor(value).detach()
+
+
 def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=None) -> Network:
     """Compile `model` (dense or pruned, in any mode; eval semantics) for inputs of exactly these shapes.
 
@@ -269,5 +279,5 @@ def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=No
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    inputs = tuple(torch.as_tensor(value) for value in inputs)
+    inputs = tuple(_tensor(value, number) for number, value in enumerate(inputs))
     return Network(trace(model, inputs), inputs, threads, mapping)

@@ -8,12 +8,12 @@ Its source is written to the cache folder and compiled there by Numba, so a new 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import llvmlite
 import numba
@@ -59,15 +59,15 @@ def _fingerprint() -> str:
     return hashlib.sha256((text + numba.__version__ + llvmlite.__version__).encode()).hexdigest()[:12]
 
 
-def cached(compile: Callable, function: Callable):
-    """`compile(function)` through Numba's disk cache; a damaged entry is thrown away and made again."""
+def cached(decorate: Callable, function: Callable):
+    """`decorate(function)` through Numba's disk cache; a damaged entry is thrown away and made again."""
     try:
-        return compile(function)
+        return decorate(function)
     except Exception:  # whatever reading a damaged file raises; a real error of the source comes again below
         entry = FunctionCache(function)._impl
         for path in Path(entry.locator.get_cache_path()).glob(f"{entry.filename_base}*"):
             path.unlink(missing_ok=True)
-        return compile(function)
+        return decorate(function)
 
 
 @cache
@@ -84,10 +84,9 @@ def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel
     path = cache_dir() / "kernels" / _fingerprint() / f"{name}_{digest}.py"
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomic(path, text)
-    spec = importlib.util.spec_from_file_location(f"nbs_kernel_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Numba pickles functions by module name
-    spec.loader.exec_module(module)
+    module = ModuleType(f"nbs_kernel_{path.stem}")
+    sys.modules[module.__name__] = module  # Numba pickles functions by module name
+    exec(compile(text, str(path), "exec"), module.__dict__)
     function = cached(numba.cfunc("void(int64, int64)", nopython=True, cache=True), module.kernel)
     return Kernel(name, source, fields, function.address, function)
 
