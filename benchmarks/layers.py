@@ -17,6 +17,7 @@ import torch
 
 import nbs_lib as nbs
 from nbs_lib import clock
+from nbs_lib.kernels.jit import width
 from nbs_lib.kernels.peak import peak_gmacs
 from nbs_lib.measure.testnets import cascade, prune_evenly
 from nbs_lib.schemes import parse
@@ -42,7 +43,7 @@ def run(scheme, rate: float, kernel: int, size: int, channels: int, runs: int) -
         "kernel": f"{kernel}x{kernel}", "map": f"{size}x{size}x{channels}", "scheme": str(scheme), "rate": rate,
         "reached": sum(s.params for s in specs) / sum(s.nnz for s in specs), "ms_per_layer": layers_ms / len(specs),
         "share_of_peak": net.effective_macs / layers_ms / 1e6 / peak, "call_ms": call.median_ms,
-        "lanes_used": size * size / (16 * -(-((size - 1) * (size + kernel // 2) + size) // 16)),
+        "lanes_used": size * size / (width() * -(-((size - 1) * (size + kernel // 2) + size) // width())),
         "peak_gmacs": peak, "difference": difference, "fallback_macs": net.fallback_macs,
     }  # fmt: skip
 

@@ -27,8 +27,6 @@ REMAINING = {"vgg16": (8.22, 3.5e9), "resnet50": (4.37, 1.6e9), "mobilenet_v2": 
 def mapping_of(graph: nbs.Graph, name: str, kind: str) -> nbs.Mapping:
     if kind == "uniform":
         return nbs.uniform_mapping(graph, RATES[name], conv=nbs.BlockPunched(8, 4), linear=nbs.Block(8, 4))
-    if name not in REMAINING:
-        raise SystemExit(f"The papers state no remaining MACs for {name}: one of {', '.join(REMAINING)}.")
     rate, macs = REMAINING[name]
     return nbs.paper_mapping(graph, rate, macs, conv=nbs.BlockPunched(8, 4))
 
@@ -72,7 +70,7 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str]) -> pd
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--networks", nargs="+", choices=list(RATES), help="all that the mapping knows")
     parser.add_argument("--mapping", default="uniform", choices=["uniform", "paper"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
@@ -81,7 +79,11 @@ def main() -> None:
     args = parser.parse_args()
     pd.set_option("display.width", 220, "display.max_columns", 30)
     tables = []
-    for name in args.networks:
+    known = list(RATES if args.mapping == "uniform" else REMAINING)
+    unknown = set(args.networks or known) - set(known)
+    if unknown:
+        parser.error(f"the papers state remaining MACs for {', '.join(known)} only, not for {', '.join(unknown)}")
+    for name in args.networks or known:
         tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers))
         print(tables[-1].round(3).to_string(index=False, na_rep=""), flush=True)
     if args.csv:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 import weakref
 
@@ -839,3 +841,25 @@ def test_deleted_networks_free_their_memory(small, threads):
         assert len(held) > 3 and all(reference() is None for reference in held)
     finally:
         gc.enable()
+
+
+def test_profile_gives_pytorch_no_time_of_ours():
+    """A slow operator between two convolutions is not charged to the first: steps are timed from start to end."""
+    model = Lambda(lambda x, a, b: b(torch.erf(torch.erf(a(x)))), conv(3, 4, 1), conv(4, 5, 1))
+    net = compile(model, torch.randn(1, 3, 8, 8))
+    frame = net.profile(torch.randn(1, 3, 8, 8), runs=5)
+    assert list(frame.columns)[-1] == "ms" and frame.loc[frame["path"] == "torch", "ms"].isna().all()
+    assert (frame.loc[frame["path"] != "torch", "ms"] > 0).all()
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    net, x = compile(conv(3, 4, 1), torch.randn(1, 3, 8, 8), threads=2), torch.randn(1, 3, 8, 8)
+    net(x)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that waits for ever is killed, and its status says so
+        net(x.numpy())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

@@ -65,7 +65,6 @@ def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> l
 
 
 def _count(step: Step, weights: np.ndarray, indices: int, positions: int) -> None:
-    step.nnz += int(np.count_nonzero(weights))
     step.computed_macs += weights.size * positions
     step.weight_bytes += weights.nbytes
     step.index_bytes += 4 * indices

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nbs_lib import __version__
 from nbs_lib.compiler.layout import Planar, place
 from nbs_lib.compiler.plan import Planner
 from nbs_lib.compiler.schedule import schedule
@@ -17,7 +18,6 @@ from nbs_lib.compiler.team import team
 from nbs_lib.kernels import driver
 from nbs_lib.layers import Graph, trace
 
-VERSION = "0.1.0"
 EXPLAIN = [
     "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "computed_macs", "weight_bytes",
     "activation_bytes", "kernel", "tile", "path", "why",
@@ -38,10 +38,10 @@ class Network:
 
     def __init__(self, graph: Graph, example_inputs: tuple, threads: int, mapping=None):
         self.graph, self.example_inputs, self.threads, self.mapping = graph, example_inputs, threads, mapping or {}
-        self.engine = f"prunemap {VERSION}"
+        self.engine = f"prunemap {__version__}"
         self._lock = threading.Lock()
         plan = Planner(graph, threads)
-        self.steps, self._values, self._objects = plan.steps, plan.values, plan.objects
+        self.steps, self._values = plan.steps, plan.values
         self._constants = {n.name: torch.from_numpy(n.attrs["value"]) for n in graph.nodes if n.op == "constant"}
         self._shapes = {node.name: node.shape for node in graph.nodes}
         self._outputs = {}
@@ -203,9 +203,9 @@ class Network:
         samples = []
         try:
             for _ in range(runs + 1):
-                self._times = np.zeros((len(self._functions) + 1, 2), np.int64)
+                self._times = np.zeros((len(self._functions), 2, 2), np.int64)
                 self(*inputs)
-                samples.append(np.diff(self._times @ (1e3, 1e-6)))
+                samples.append(np.diff(self._times @ (1e3, 1e-6), axis=1)[:, 0])
         finally:
             self._times = None
         taken = np.median(samples[1:], axis=0)
@@ -272,9 +272,10 @@ def _tensor(value, number: int) -> torch.Tensor:
 def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=None) -> Network:
     """Compile `model` (dense or pruned, in any mode; eval semantics) for inputs of exactly these shapes.
 
-    `example_inputs`: a tensor or a tuple of them, float32. `threads`: cores a run may use. `mapping` only labels
-    `explain()`: structure is read from the zeros, so networks pruned elsewhere are as fast. Convolutions, linear
-    layers, pooling and activations become kernels; the rest runs through PyTorch, and `explain()` says so.
+    `example_inputs`: a tensor or a tuple of them, float32 (or integers, for what reads integers). `threads`: cores a
+    run may use. `mapping` only labels `explain()`: structure is read from the zeros, so networks pruned elsewhere are
+    as fast. Convolutions, linear layers, pooling and activations become kernels; the rest runs through PyTorch, and
+    `explain()` says so.
     """
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")

@@ -48,7 +48,7 @@ class Tiled:
 
 @dataclass(eq=False)
 class Step:
-    """A step of the plan. `emit` is called once memory is placed; `call` instead runs the operation through PyTorch."""
+    """A step of the plan. `emit` is called once memory is placed; a step whose `path` is "torch" runs in PyTorch."""
 
     operation: Operation
     reads: list[Planar | Flat]
@@ -61,7 +61,6 @@ class Step:
     kernels: list[str] = field(default_factory=list)  # names of all kernels that compute it
     path: str = "copy"  # "sparse", "dense", "torch", "copy"
     why: str = ""
-    nnz: int = 0
     computed_macs: int = 0
     weight_bytes: int = 0
     index_bytes: int = 0

@@ -21,7 +21,7 @@ FIELDS = (
 
 @cache
 def kernel(rows: int, vectors: int, epilogue: tuple[str, ...], ahead: bool = False) -> Kernel:
-    """The kernel for a register tile of `rows` x `vectors`; `ahead` prefetches the next tile (short column lists)."""
+    """The kernel for a register tile of `rows` x `vectors`; `ahead` prefetches the next tile (inputs far away)."""
     lanes = 4 * width()
     name = f"conv_{rows}x{vectors}_{'_'.join(epilogue) or 'linear'}{'_ahead' if ahead else ''}"
     return build(name, source(rows, vectors, epilogue, ahead, lanes), FIELDS, width())

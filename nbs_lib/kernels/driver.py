@@ -18,13 +18,13 @@ def run(functions, arguments, joins, begin, end, thread, threads, counter, times
 
     `functions`, `arguments`: int64 addresses per launch. `joins`: 1 where all threads must have finished before the
     next one. `counter`: address of an int64, zero at the start of the run, that the threads count their arrivals in.
-    `times`: 0, or the address of one timespec more than there are launches, which thread 0 fills.
+    `times`: 0, or the address of two timespecs per launch, its start and end, which thread 0 fills.
     """
     arrivals = 0
     record = times != 0 and thread == 0
-    if record:
-        clock_gettime(MONOTONIC, times + 16 * begin)
     for launch in range(begin, end):
+        if record:
+            clock_gettime(MONOTONIC, times + 32 * launch)
         call(functions[launch], arguments[launch], thread)
         if threads > 1 and joins[launch]:
             arrivals += threads
@@ -35,7 +35,7 @@ def run(functions, arguments, joins, begin, end, thread, threads, counter, times
                 if spins > SPINS:
                     sched_yield()
         if record:
-            clock_gettime(MONOTONIC, times + 16 * (launch + 1))
+            clock_gettime(MONOTONIC, times + 32 * launch + 16)
 
 
 SIGNATURE = "void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64, int64)"
