@@ -11,7 +11,7 @@ _ROOMS = {
     "layers": ["trace", "Graph", "LayerSpec"],
     "schemes": ["Unstructured", "Filter", "Channel", "Pattern", "Block", "BlockPunched", "Choice"],
     "pruning": ["prune", "Masks"],
-    "compiler": ["compile", "Network"],
+    "compiler": ["compile", "tune", "Network"],
     "measure": ["measure", "compare"],
     "mapping": ["Mapping", "uniform_mapping", "paper_mapping"],
 }

@@ -3,8 +3,6 @@
 All timing runs alone under `lock()` with the garbage collector off; times are ms per call. It takes plain callables.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -13,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from time import perf_counter_ns
 from timeit import Timer
 
@@ -33,8 +32,7 @@ def _file_lock(path: Path, pid: int) -> FileLock:
 def lock(timeout: float | None = None) -> Iterator[None]:
     """Hold the machine's measuring lock (`NBS_LOCK`, else /tmp/prunemap/measure.lock); nests within a thread.
 
-    Says on stderr who holds it when it has to wait. TimeoutError after `timeout` seconds; None waits for ever.
-    """
+    Says on stderr who holds it when it has to wait. TimeoutError after `timeout` seconds; None waits for ever."""
     path = Path(os.environ.get("NBS_LOCK") or "/tmp/prunemap/measure.lock")
     if not path.parent.exists():  # all users share it: no sticky bit, unlike the folder above
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +44,8 @@ def lock(timeout: float | None = None) -> Iterator[None]:
     except Timeout:
         who = note.read_text() if note.exists() else "another process"
         print(f"waiting for the measuring lock {held.lock_file}: {who} holds it", file=sys.stderr, flush=True)
-        held.acquire(timeout=-1 if timeout is None else timeout)
+        with NamedTemporaryFile(prefix=".waits", dir=os.environ.get("NBS_WAITS")):  # the notebooks' runner looks for it
+            held.acquire(timeout=-1 if timeout is None else timeout)
     try:
         with contextlib.suppress(OSError):  # the note is a courtesy: the lock holds without it
             write_atomic(note, f"pid {os.getpid()}")
@@ -65,8 +64,7 @@ def pin(threads: int = 1) -> Iterator[None]:
     """Bind the calling thread to the first `threads` CPUs it may use, real cores before hyper-threads.
 
     Restored afterwards, for threads born inside too: a worker pool started under `pin(1)` must not stay on one CPU.
-    ValueError for more threads than CPUs; where the OS cannot pin, a warning and nothing else.
-    """
+    ValueError for more threads than CPUs; where the OS cannot pin, a warning and nothing else."""
     if not hasattr(os, "sched_setaffinity"):
         warnings.warn("this system cannot pin threads: times may wander between cores", stacklevel=3)
         yield
@@ -150,8 +148,7 @@ def alternate(contenders: dict, rounds=20, warmup=3, min_sample_ms=1.0, settle=1
 
     A sample is as many calls as last `min_sample_ms`. The order rotates every round and turns round after each cycle
     (ABBA for two). `settle` untimed calls before each sample refill that contender's caches while the previous one's
-    worker threads go to sleep. `adaptive`: from 20 rounds on, stop as soon as every MAD is below 2 % of the median.
-    """
+    worker threads go to sleep. `adaptive`: from 20 rounds on, stop as soon as every MAD is below 2 % of the median."""
     names, samples = list(contenders), {name: [] for name in contenders}
     with lock():
         calls = {name: _warm(fn, warmup, min_sample_ms) for name, fn in contenders.items()}

@@ -3,10 +3,8 @@
 `NBS_ROOT`, `NBS_RESULTS` and `NBS_CACHE` override the three places; `NBS_DATA` names image folders (see `data`).
 """
 
-from __future__ import annotations
-
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -28,9 +26,13 @@ def results_dir(profile: str, notebook: str = "") -> Path:
 
 
 def cache_dir() -> Path:
-    """Compiled kernels and locks: `NBS_CACHE`, else the user's cache folder. Created on first use."""
+    """Compiled kernels: `NBS_CACHE`, else the user's cache folder. Created on first use; OSError where it cannot be."""
     path = Path(os.environ.get("NBS_CACHE") or user_cache_path("prunemap"))
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = "Expected NBS_CACHE (else the user's cache folder) to be a folder, or one that can be made."
+        raise OSError(f"{rule} Got {path}: {error.strerror}.") from None
     return path
 
 
@@ -38,21 +40,13 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     """Write `data` to a temporary name in the same folder, then rename: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -44,7 +44,7 @@ class Job:
     timeout_s: float
     status: str = "not run"
     error: str = ""
-    seconds: float = 0.0
+    seconds: float = 0.0  # without those it waited for the measuring lock
 
     def __post_init__(self):
         self.name = self.source.stem
@@ -55,28 +55,31 @@ class Job:
 
     def start(self, resume: bool = False) -> None:
         """Start papermill, unless `resume` finds it done. The old `run.json` goes first: a killed run is not done."""
-        self.inputs, self.started = fingerprint(self), time.monotonic()
+        self.inputs = fingerprint(self)
         if resume and self.is_done():
             self.status = "kept"
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.run_file.unlink(missing_ok=True)
-        self.executed.unlink(missing_ok=True)
+        for old in (self.run_file, self.executed, *self.folder.glob(".waits*")):
+            old.unlink(missing_ok=True)
         command = [sys.executable, "-m", "papermill", self.source, self.executed, "--no-progress-bar", "-k", "python3"]
         command += ["--cwd", paths.root(), "--parameters_yaml", yaml.safe_dump(self.parameters)]
         # The kernel python3 of this environment, whatever the user's own folders call by that name.
         settings = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PATH": "", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE.parent), os.environ.get("PYTHONPATH")]))
+        settings["NBS_WAITS"] = str(self.folder.resolve())
         with open(self.log, "wb") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen(command, env=os.environ | settings, start_new_session=True, **streams)
+            self.process = psutil.Popen(command, env=os.environ | settings, start_new_session=True, **streams)
+        self.looked = time.monotonic()
 
     def is_over(self) -> bool:
         """Look after the running process; True once it has ended, or was ended for taking too long."""
         if self.status == "kept":
             return True
-        self.seconds = time.monotonic() - self.started
-        code = self.process.poll()
+        before, self.looked, code = self.looked, time.monotonic(), self.process.poll()
+        if not any(self.folder.glob(".waits*")):
+            self.seconds += self.looked - before
         if code is None and self.seconds <= self.timeout_s:
             return False
         if code is None:
@@ -89,14 +92,13 @@ class Job:
 
     def stop(self, why: str) -> None:
         """Kill papermill and the kernel, which is in a session of its own, with all they started."""
+        family = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(family, timeout=5)
-        self.process.wait()
+            family = [self.process, *self.process.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5)
         self.finish("failed", why)
 
     def finish(self, status: str, error: str) -> None:
@@ -127,8 +129,7 @@ def find_jobs(only: list[str], profile: str, live: bool, given: dict, timeout_s:
     """The notebooks to run, in name order, each with the parameters of its profile.
 
     `notebooks/params/<profile>/<notebook>.yaml` goes over the notebook's defaults, `given` over both; `profile` and
-    `live` are passed to notebooks that have them. Raises ValueError for a name or a parameter that does not exist.
-    """
+    `live` are passed to notebooks that have them. Raises ValueError for a name or a parameter that does not exist."""
     folder = paths.root() / "notebooks"
     sources = {file.stem: file for file in sorted(folder.glob("*.ipynb"))}
     unknown = [pattern for pattern in only if not fnmatch.filter(sources, pattern)]
@@ -237,10 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cells(file: Path) -> list[dict]:
     """The cells of a notebook; none where it cannot be read, which papermill then says."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(file.read_text())["cells"]
-    except (OSError, ValueError, KeyError):
-        return []
+    return []
 
 
 def _parameters(source: Path) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,21 @@ def test_lock_waits_for_its_turn():
         assert "waiting for the measuring lock" in waiting.stderr.readline()
         assert waiting.poll() is None
     assert waiting.communicate(timeout=60)[0] == "up\nmine\n"
+
+
+def test_a_wait_for_the_lock_shows_in_the_runners_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NBS_WAITS", str(tmp_path / "waits"))
+    (tmp_path / "waits").mkdir()
+    code = "from nbs_lib import clock\nwith clock.lock(): print('mine')"
+    with clock.lock():
+        assert not list((tmp_path / "waits").iterdir())
+        waiting = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert "waiting" in waiting.stderr.readline()
+        while not list((tmp_path / "waits").glob(".waits*")):
+            assert waiting.poll() is None
+            time.sleep(0.01)
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 0 and not list((tmp_path / "waits").iterdir())
 
 
 def test_lock_is_freed_when_its_holder_is_killed():

@@ -21,7 +21,7 @@ from nbs_lib.schemes import Block, BlockPunched, Channel, Filter, Pattern, Unstr
 
 EXPLAIN = [
     "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "computed_macs", "weight_bytes",
-    "activation_bytes", "kernel", "tile", "path", "why",
+    "activation_bytes", "kernel", "tile", "chosen", "why",
 ]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_activations_end_every_kernel():
     net = agrees(scramble(Branches(**models)), torch.randn(2, 4, 7, 9))
     alone = net.explain().query("op in ('clamp', 'hardswish', 'hardsigmoid')")
     assert alone.layer.str.contains("_alone").all()
-    assert not net.explain().query("layer in @net.graph.layers").path.eq("torch").any()
+    assert not net.explain().query("layer in @net.graph.layers").chosen.eq("torch").any()
 
 
 class Residuals(nn.Module):
@@ -247,7 +247,7 @@ def test_pools():
         "of_pool": nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2), conv(3, 4, 3, padding=1), nn.MaxPool2d(3, 1, 1))
     }
     net = agrees(Branches(**models), torch.randn(2, 3, 11, 17))
-    assert not net.explain().path.eq("torch").any()
+    assert not net.explain().chosen.eq("torch").any()
 
 
 def test_images_beyond_the_caches():
@@ -277,7 +277,7 @@ def test_linear(batch):
     models |= {"normed_positions": nn.Sequential(nn.Flatten(2), nn.Linear(21, 4), nn.BatchNorm1d(3), nn.ReLU())}
     models |= {"matmul": Lambda(lambda x, f: x.flatten(1) @ f.weight.t() + f.bias, nn.Linear(63, 5))}
     net = agrees(scramble(Branches(**models)), torch.randn(batch, 3, 3, 7))
-    assert net.fallback_macs == 0 and set(steps(net, "linear").path) <= {"dense", "sparse"}
+    assert net.fallback_macs == 0 and set(steps(net, "linear").chosen) <= {"dense", "sparse"}
 
 
 def test_changes_of_shape():
@@ -492,9 +492,9 @@ def test_block_punched_zeros_are_skipped_whoever_made_them():
     layer.weight.data *= torch.from_numpy(kept)
     net = agrees(layer, torch.randn(1, 16, 7, 7))
     (row,) = steps(net, "conv2d").itertuples()
-    assert row.path == "sparse" and row.scheme == ""
+    assert row.chosen == "sparse" and row.scheme == ""
     assert row.nnz * 49 == row.effective_macs == row.computed_macs == kept.sum() * 49
-    assert agrees(conv(16, 32, 3, bias=False), torch.randn(1, 16, 7, 7)).explain().path.tolist()[-1] == "dense"
+    assert agrees(conv(16, 32, 3, bias=False), torch.randn(1, 16, 7, 7)).explain().chosen.tolist()[-1] == "dense"
 
 
 def test_random_zeros_and_empty_layers():
@@ -507,7 +507,7 @@ def test_random_zeros_and_empty_layers():
     model.head.weight.data.zero_()
     net = agrees(model, torch.randn(2, 3, 19, 15))
     row = net.explain().query("layer == 'wide' and op == 'conv2d'").iloc[0]
-    assert (row.nnz, row.computed_macs, row.path) == (0, 0, "sparse")
+    assert (row.nnz, row.computed_macs, row.chosen) == (0, 0, "sparse")
     for parameter in model.parameters():
         parameter.data.zero_()
     agrees(model, torch.randn(2, 3, 19, 15))
@@ -780,7 +780,7 @@ def test_explain(small):
     model, x, net = small
     table = net.explain()
     assert table.columns.tolist() == EXPLAIN
-    assert set(table.path) <= {"sparse", "dense", "torch", "copy"} and table.step.tolist() == list(range(len(table)))
+    assert set(table.chosen) <= {"sparse", "dense", "torch", "copy"} and table.step.tolist() == list(range(len(table)))
     layers = table[table.op.isin(["conv2d", "linear"])].set_index("layer")
     assert set(layers.index) == set(net.graph.layers) == {"stem", "wide", "point", "depthwise", "last", "head"}
     for name, spec in net.graph.layers.items():
@@ -848,8 +848,8 @@ def test_profile_gives_pytorch_no_time_of_ours():
     model = Lambda(lambda x, a, b: b(torch.erf(torch.erf(a(x)))), conv(3, 4, 1), conv(4, 5, 1))
     net = compile(model, torch.randn(1, 3, 8, 8))
     frame = net.profile(torch.randn(1, 3, 8, 8), runs=5)
-    assert list(frame.columns)[-1] == "ms" and frame.loc[frame["path"] == "torch", "ms"].isna().all()
-    assert (frame.loc[frame["path"] != "torch", "ms"] > 0).all()
+    assert list(frame.columns)[-1] == "ms" and frame.loc[frame["chosen"] == "torch", "ms"].isna().all()
+    assert (frame.loc[frame["chosen"] != "torch", "ms"] > 0).all()
 
 
 def test_a_forked_child_has_threads_of_its_own():

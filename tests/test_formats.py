@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nbs_lib.formats import BCS, CSR, FORMATS
+from nbs_lib.formats.packed import alike
 
 ROOM = list(FORMATS.values())
 MATRICES = [(1, 1), (1, 17), (17, 1), (7, 9), (8, 16)]
@@ -123,6 +124,12 @@ def test_reordering_joins_shuffled_rows_and_has_an_inverse():
     lengths = np.diff(packed.column_stride)
     assert (np.diff(lengths) <= 0).all(), "runs go from most to fewest non-zeros"
     assert packed.bytes["index"] < in_place.bytes["index"]
+
+
+def test_alike_rows_are_grouped_in_the_order_they_came():
+    kept = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0], [1, 0, 1]], bool)
+    assert [rows.tolist() for rows in alike(kept)] == [[0, 2, 5], [1, 4], [3]]
+    assert [rows.tolist() for rows in alike(np.ones((3, 20), bool))] == [[0, 1, 2]]
 
 
 def test_groups_cover_every_row_once_with_its_own_weights():

@@ -431,7 +431,7 @@ def test_denormal_weights_are_zeros():
     layer.weight.data[:8] = 1e-38
     net = agrees(layer, torch.randn(1, 4, 5, 5))
     (row,) = net.explain().query("op == 'conv2d'").itertuples()
-    assert row.path == "sparse" and row.computed_macs == row.macs // 2
+    assert row.chosen == "sparse" and row.computed_macs == row.macs // 2
 
 
 # -- the disk cache ----------------------------------------------------------------------------------------------------

@@ -669,8 +669,19 @@ def test_graph_as_text_and_frame():
     text = repr(graph)
     assert text.startswith("Graph: 2 layers, 4,060 MACs per image, 4 nodes\n") and "linear" in text
     assert "weight" not in repr(graph["0"]) and graph["0"].is_3x3 and not graph["2"].is_3x3
+    assert graph.rates() == (2.0, (108 + 280) / 54, 4060 / (54 * 35)) and graph.rates().conv == 2.0
+    assert "uneven" not in repr(graph["0"])
     with pytest.raises(KeyError, match="Expected a layer's name, one of 0, 2. Got 'conv'."):
         graph["conv"]
+
+
+def test_rates_without_convolutions_and_without_weights_left():
+    model = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        model.weight[0] = 0
+        assert trace(model, torch.zeros(3, 4)).rates() == (2, 2, 2)
+        model.weight[1] = 0
+    assert trace(model, torch.zeros(3, 4)).rates() == (math.inf,) * 3
 
 
 def test_layer_specs_can_be_made_by_hand():

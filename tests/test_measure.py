@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nbs_lib.layers import Graph
 from nbs_lib.measure import DEVICES, cache, compare, host, measure, peers, schema
 from nbs_lib.measure.simulated import ROOFLINES, Roofline
 
@@ -35,13 +36,14 @@ class FakeNetwork:
         self.error = error
         self.example_inputs = (np.ones((2, 3, 4, 4), np.float32),)
         layer = dict(kind="conv", P=8, Q=3, Kh=3, Kw=3, groups=1, H=4, stride=(2, 2), params=216)
+        layer |= dict(macs=1000, effective_macs=300)
         a, b = SimpleNamespace(name="a", W=4, nnz=27, **layer), SimpleNamespace(name="b", W=5, nnz=81, **layer)
         c = SimpleNamespace(**layer | {"name": "c", "W": 1, "nnz": 216, "kind": "linear"})
         self.mapping = {"a": SimpleNamespace(scheme=SimpleNamespace(name="block_punched", p=8, q=4), rate=8.0)}
-        self.graph = SimpleNamespace(layers={"a": a, "b": b, "c": c})
+        self.graph = Graph([], {"a": a, "b": b, "c": c}, (), (), None, {})
 
     def explain(self):
-        columns = {"scheme": ["block_punched(8x4)", "", ""], "path": ["sparse", "dense", "copy"]}
+        columns = {"scheme": ["block_punched(8x4)", "", ""], "chosen": ["sparse", "dense", "copy"]}
         columns |= {"computed_macs": [2e6, 1e6, 0], "weight_bytes": [400, 800, 0]}
         return pd.DataFrame(columns | {"activation_bytes": [1e6, 1e3, 1e3]})
 
@@ -213,8 +215,9 @@ def test_empty_missing_and_crlf_files(tmp_path, three):
     assert skipped(empty)[0].empty
     cache.append(empty, [good_row()])
     assert len(skipped(empty)[0]) == 1
-    with pytest.raises(FileNotFoundError):
-        cache.read(tmp_path / "none.csv")
+    for missing in ("none.csv", "no/folder"):
+        with pytest.raises(FileNotFoundError, match=f"Expected a CSV file of measurements.*Got .*{missing}"):
+            cache.read(tmp_path / missing)
     three.write_bytes(three.read_bytes().replace(b"\n", b"\r\n"))
     cache.append(three, [good_row(seed=3)])
     rows, lines = skipped(three)
@@ -418,6 +421,24 @@ def test_compare_when_all_fail_and_when_threads_differ():
     other.threads = 2
     with pytest.raises(ValueError, match=r"one thread count.*\[1, 2\]"):
         compare({"one": FakeNetwork(), "two": other})
+
+
+def test_compare_gives_each_target_its_own_inputs():
+    seen = {}
+
+    def target(name, *inputs):
+        def run(*arrays):
+            seen[name] = [array.sum() for array in arrays]
+
+        run.example_inputs = inputs
+        return run
+
+    targets = {"ones": target("ones", np.ones((2, 3))), "twos": target("twos", 2 * np.ones((2, 3)))}
+    assert compare(targets, rounds=2).ok.all() and seen == {"ones": [6], "twos": [12]}
+    assert compare(targets, x=np.zeros(5), rounds=2).ok.all() and seen == {"ones": [0], "twos": [0]}
+    targets["pair"] = target("pair", np.ones((2, 3)), np.ones(4))
+    with pytest.raises(ValueError, match=r"same shapes. Got .*'pair': \[\(2, 3\), \(4,\)\]"):
+        compare(targets)
 
 
 # --- simulated ---

@@ -64,4 +64,4 @@ def test_family(name, size, kind):
     net = agrees(model, torch.randn(2, 3, *size), tolerance=1e-4)
     assert net.fallback_macs == 0
     table = net.explain().query("op == 'conv2d' and layer in @punched")
-    assert set(table.layer) == punched and (table.path == "sparse").all() and net.functions < 70
+    assert set(table.layer) == punched and (table.chosen == "sparse").all() and net.functions < 70

@@ -59,6 +59,18 @@ def test_a_hanging_notebook_is_ended_with_its_kernel(checkout, write_notebook, c
     assert is_gone(int((checkout / "pid").read_text()))
 
 
+def test_waiting_for_the_measuring_lock_takes_no_time(good):
+    (job,) = reproduce.find_jobs([], "quick", True, {}, timeout_s=100)
+    job.folder.mkdir(parents=True)
+    job.process, job.looked = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), 0
+    (job.folder / ".waits123").touch()
+    assert not job.is_over() and job.seconds == 0  # though nobody looked since the machine started
+    (job.folder / ".waits123").unlink()
+    job.looked -= 5
+    assert not job.is_over() and 5 <= job.seconds < 60
+    job.process.communicate()
+
+
 def test_a_failed_run_leaves_nothing_of_the_one_before(checkout, write_notebook, good, capfd):
     assert reproduce.main([]) == 0
     write_notebook("good", "raise ValueError('now it fails')")

@@ -1,5 +1,6 @@
-"""Graph + zeros -> Network: fuse, lay out, pack, generate, run (mapping 4.3, NPS 3)."""
+"""Graph + zeros -> Network: fuse, shrink, lay out, pack, tune, run (mapping 4.3, NPS 3)."""
 
 from nbs_lib.compiler.network import Network, compile
+from nbs_lib.compiler.tuning import tune
 
-__all__ = ["Network", "compile"]
+__all__ = ["Network", "compile", "tune"]

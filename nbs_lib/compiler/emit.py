@@ -7,15 +7,14 @@ import numpy as np
 from nbs_lib.compiler.fuse import activation
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.moves import channel_distance, split_by_phase, tap_offsets
-from nbs_lib.compiler.packing import pack, share
+from nbs_lib.compiler.packing import linear_cost, pack, pack_filters, pack_neighbours, share
 from nbs_lib.compiler.steps import Launch, Step, Tiled, whole
+from nbs_lib.formats.packed import prefix
 from nbs_lib.kernels import copy as copy_kernels
 from nbs_lib.kernels import depthwise as depthwise_kernels
+from nbs_lib.kernels import jit
 from nbs_lib.kernels import linear as linear_kernels
-
-# Bytes beyond which an input does not stay in the near caches: kernels then prefetch, at once where column lists are
-# short, and where they are long (they hide a miss better) only for inputs several times as large.
-FAR, VERY_FAR, SHORT = 512 * 1024, 4096 * 1024, 32
+from nbs_lib.kernels.conv import DISTANCE
 
 
 def int32(values) -> np.ndarray:
@@ -37,28 +36,30 @@ def _common(step: Step, x: Planar | Flat, out: Planar | Flat, residual: list) ->
 
 def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> list[Tiled]:
     """Groups of filters that share a column list, one part per group size."""
-    operation = step.operation
+    operation, tiling = step.operation, step.tiling
     matrix = operation.weight.reshape(layer.P, -1)
     per_group = layer.P // layer.groups
     taps, channel = tap_offsets(layer, x).ravel(), channel_distance(layer, x)
     segments: dict[int, list] = {}
     for g in range(layer.groups):
         offsets = ((g * layer.Q + np.arange(layer.Q))[:, None] * channel + taps).ravel()
-        for s in pack(matrix[g * per_group : (g + 1) * per_group]):
+        packed, costs = pack(matrix[g * per_group : (g + 1) * per_group], tiling.rows, tiling.dense)
+        step.cycles += costs * out.vectors * out.images
+        for s in packed:
             entry = (s.filters + g * per_group, np.diff(s.begins), offsets[s.columns], s.weights)
             segments.setdefault(s.rows, []).append(entry)
     common = _common(step, x, out, residual) | {"mask": step.hold(out.flat_mask())}
     parts = []
     for rows, entries in sorted(segments.items(), reverse=True):
         filters, lengths, columns, weights = (np.concatenate(piece) for piece in zip(*entries, strict=True))
-        begins = np.concatenate([[0], np.cumsum(lengths)])
+        begins = prefix(lengths)
         fields = common | {
-            "weights": step.hold(weights), "columns": step.hold(int32(4 * columns)),
+            "weights": step.hold(weights), "columns": step.hold(int32(4 * np.pad(columns, (0, DISTANCE)))),
             "begins": step.hold(int32(begins)), "planes": step.hold(int32(4 * filters * out.plane)),
             "bias": step.hold(operation.bias[filters]),
         }  # fmt: skip
-        far = 4 * x.image > (FAR if len(columns) <= SHORT * len(filters) else VERY_FAR)
-        parts.append(Tiled(rows, operation.epilogue, fields, lengths, out.vectors, 4 * out.width, far))
+        part = Tiled(tiling, rows, operation.epilogue, fields, lengths, out.vectors, 4 * out.width, x.C, 4 * x.image)
+        parts.append(part)
         _count(step, weights, len(columns) + len(begins) + filters.size, out.images * out.H * out.W)
     _describe(step, matrix, step.weight_bytes // 4)
     return parts
@@ -73,8 +74,8 @@ def _count(step: Step, weights: np.ndarray, indices: int, positions: int) -> Non
 def _describe(step: Step, matrix: np.ndarray, computed: int) -> None:
     """Say whether zeros are skipped, and why (not)."""
     kept = np.count_nonzero(matrix)
-    step.path = "sparse" if computed < matrix.size else "dense"
-    if step.path == "sparse":
+    step.chosen = "sparse" if computed < matrix.size else "dense"
+    if step.chosen == "sparse":
         step.why = f"computes {computed / matrix.size:.1%} of the weights, {kept / matrix.size:.1%} are not zero"
     elif kept == matrix.size:
         step.why = "no zeros"
@@ -102,30 +103,28 @@ def depthwise(step: Step, threads: int, layer, x: Planar, out: Planar, residual:
     apart = 0 if split_by_phase(layer) else layer.dilation[1]
     kernel = depthwise_kernels.kernel(layer.Kh, layer.Kw, apart, stride, vectors, step.operation.epilogue)
     _count(step, step.operation.weight, 0, out.images * out.H * out.W)
-    step.kernel, step.tile, step.path, step.why = kernel.name, f"1x{vectors}", "dense", "depthwise: few weights"
+    step.kernel, step.tile, step.chosen, step.why = kernel.name, f"1x{vectors}", "dense", "depthwise: few weights"
     return [Launch(kernel, whole(threads, tiles, layer.P), fields)]
 
 
 def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -> list[Launch]:
-    """Groups of neighbouring filters, as many as a register of the kernel has lanes."""
+    """Neighbouring filters share a column list, or each has its own, whichever is read faster."""
     operation, lanes = step.operation, linear_kernels.lanes()
-    matrix = operation.weight
-    missing = -len(matrix) % lanes
-    blocks = np.pad(matrix, ((0, missing), (0, 0))).reshape(-1, lanes, matrix.shape[1])
-    kept = (blocks != 0).any(axis=1)
-    columns = np.nonzero(kept)[1]
-    begins = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-    by_column = blocks.transpose(0, 2, 1)
-    weights = np.ascontiguousarray(by_column if kept.all() else by_column[kept])
+    filters = pack_filters(operation.weight, jit.width())
+    shared = pack_neighbours(operation.weight, lanes)
+    own = filters is not None and linear_cost(filters, own=True) < linear_cost(shared, own=False)
+    begins, columns, weights = filters if own else shared
+    lanes = jit.width() if own else lanes
+    kernel = (linear_kernels.gathered if own else linear_kernels.kernel)(operation.epilogue)
+    groups = len(begins) - 1
     fields = _common(step, x, out, residual) | {
-        "weights": step.hold(weights), "columns": step.hold(int32(4 * columns)), "begins": step.hold(int32(begins)),
-        "planes": step.hold(int32(4 * lanes * np.arange(len(blocks)))),
-        "bias": step.hold(np.pad(operation.bias, (0, missing))),
+        "weights": step.hold(weights), "columns": step.hold(columns if own else int32(4 * columns)),
+        "begins": step.hold(int32(begins)), "planes": step.hold(int32(4 * lanes * np.arange(groups))),
+        "bias": step.hold(np.pad(operation.bias, (0, lanes * groups - len(operation.bias)))),
     }  # fmt: skip
-    kernel = linear_kernels.kernel(operation.epilogue)
     ranges = [(0, 0, begin, end) for begin, end in share(np.diff(begins) + 1.0, threads)]
-    _count(step, weights, len(columns) + len(begins), x.images)
-    _describe(step, matrix, min(weights.size, matrix.size))
+    _count(step, weights, columns.nbytes // 4 + len(begins), x.images)
+    _describe(step, operation.weight, min(weights.size, operation.weight.size))
     step.kernel, step.tile = kernel.name, f"{lanes}x1"
     return [Launch(kernel, ranges, fields)]
 

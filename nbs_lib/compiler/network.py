@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,18 +11,16 @@ import pandas as pd
 import torch
 
 from nbs_lib import __version__
+from nbs_lib.compiler.explain import explain, profile
 from nbs_lib.compiler.layout import Planar, place
 from nbs_lib.compiler.plan import Planner
+from nbs_lib.compiler.record import Fixed, Record
 from nbs_lib.compiler.schedule import schedule
+from nbs_lib.compiler.shrink import shrink
 from nbs_lib.compiler.steps import Step
 from nbs_lib.compiler.team import team
 from nbs_lib.kernels import driver
 from nbs_lib.layers import Graph, trace
-
-EXPLAIN = [
-    "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "computed_macs", "weight_bytes",
-    "activation_bytes", "kernel", "tile", "path", "why",
-]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -36,14 +35,17 @@ class Segment:
 class Network:
     """What `compile` returns. Holds its memory: calls from several threads take turns."""
 
-    def __init__(self, graph: Graph, example_inputs: tuple, threads: int, mapping=None):
+    def __init__(self, graph: Graph, example_inputs: tuple, threads: int, mapping=None, record: Fixed | None = None):
         self.graph, self.example_inputs, self.threads, self.mapping = graph, example_inputs, threads, mapping or {}
+        self.record = record or Fixed()
         self.engine = f"prunemap {__version__}"
         self._lock = threading.Lock()
-        plan = Planner(graph, threads)
+        self.planned = shrink(graph)  # without the filters and channels that change no output
+        plan = Planner(self.planned, threads, self.record)
         self.steps, self._values = plan.steps, plan.values
         self._constants = {n.name: torch.from_numpy(n.attrs["value"]) for n in graph.nodes if n.op == "constant"}
-        self._shapes = {node.name: node.shape for node in graph.nodes}
+        self.nodes = {node.name: node for node in graph.nodes}
+        self._shapes = plan.shapes
         self._outputs = {}
         for name in graph.outputs:
             self._outputs |= plan.export(name)
@@ -73,7 +75,7 @@ class Network:
         segment = None
         for number, step in enumerate(self.steps):
             launches = schedule(step, self.threads, reverse=number % 2 == 1)
-            if step.exports or step.path == "torch":
+            if step.exports or step.chosen == "torch":
                 self._program.append(step)
                 segment = None
             if segment is None and launches:
@@ -98,7 +100,7 @@ class Network:
     def _release(step: Step) -> None:
         """Let go of what was only needed to emit: the weights are packed now."""
         step.emit = None
-        if step.path in ("sparse", "dense"):
+        if step.chosen in ("sparse", "dense"):
             step.operation.weight = step.operation.bias = None
 
     # -- running ---------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Network:
                     self._run(part, values)
                 else:
                     self._export(part.exports, values)
-                    if part.path == "torch":
+                    if part.chosen == "torch":
                         values[part.operation.output.name] = self._fall_back(part.operation.node, values)
             self._export(self._outputs, values)
             made = [values[n].clone() if n in self._constants else values[n] for n in self.graph.outputs]
@@ -176,46 +178,36 @@ class Network:
     # -- telling ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> pd.DataFrame:
-        """One row per step: what ran, on which weights, through which kernel, sparse or dense, and why."""
-        rows = []
-        for number, step in enumerate(self.steps):
-            node = step.operation.node
-            moves = step.path == "copy" and step.kernel in ("copy", "phases")
-            layer = None if moves else self.graph.layers.get(node.layer)
-            choice = self.mapping.get(node.layer) if layer else None
-            macs = 0 if moves else node.macs
-            numbers = {
-                "step": number, "layer": node.layer or node.module, "op": step.kernel if moves else node.op,
-                "scheme": str(choice.scheme) if choice else "", "rate": layer.rate if layer else np.nan,
-                "nnz": layer.nnz if layer else 0, "macs": macs,
-                "effective_macs": round(macs * layer.nnz / layer.params) if layer else macs,
-                "computed_macs": step.computed_macs, "weight_bytes": step.weight_bytes + step.index_bytes,
-                "activation_bytes": sum(4 * value.floats for value in (*step.reads, *step.writes)),
-            }  # fmt: skip
-            rows.append(numbers | {name: getattr(step, name) for name in ("kernel", "tile", "path", "why")})
-        return pd.DataFrame(rows, columns=EXPLAIN)
+        """One row per step: see `compiler.explain.explain`."""
+        return explain(self)
 
     def profile(self, *inputs, runs: int = 20) -> pd.DataFrame:
-        """`explain()` with a column `ms`: what each step took, median of `runs` runs (NaN for steps through PyTorch).
+        """`explain()` with times and what bounds them: see `compiler.explain.profile`."""
+        return profile(self, inputs, runs)
 
-        Compiled code reads the clock after every step, so steps lie in the caches as they do in any run.
+    def times(self, *inputs, runs: int = 20, between: Callable[[], object] | None = None) -> np.ndarray:
+        """Milliseconds of every step in every run, float64 (runs, steps); 0 for a step through PyTorch.
+
+        Compiled code reads the clock after every step, so steps lie in the caches as they do in any run. `between` is
+        called before and after each; a first run does not count.
         """
         samples = []
         try:
-            for _ in range(runs + 1):
+            for run in range(runs + 1):
                 self._times = np.zeros((len(self._functions), 2, 2), np.int64)
+                if run and between:
+                    between()
                 self(*inputs)
                 samples.append(np.diff(self._times @ (1e3, 1e-6), axis=1)[:, 0])
         finally:
             self._times = None
-        taken = np.median(samples[1:], axis=0)
-        frame = self.explain()
-        frame["ms"] = [taken[slice(*step.launched)].sum() if step.path != "torch" else np.nan for step in self.steps]
-        return frame
+        return np.array([[sample[slice(*step.launched)].sum() for step in self.steps] for sample in samples[1:]])
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""
-        steps = [step for step in self.steps if step.operation.node.layer == layer and step.path in ("sparse", "dense")]
+        steps = [
+            step for step in self.steps if step.operation.node.layer == layer and step.chosen in ("sparse", "dense")
+        ]
         if not steps:
             raise KeyError(f"Expected a compiled layer, one of {', '.join(self.graph.layers)}. Got {layer!r}.")
         names = dict.fromkeys(name for step in steps for name in step.kernels)
@@ -234,7 +226,7 @@ class Network:
     @property
     def fallback_macs(self) -> int:
         """Multiply-adds of one run that go through PyTorch."""
-        return sum(step.operation.node.macs for step in self.steps if step.path == "torch")
+        return sum(step.operation.node.macs for step in self.steps if step.chosen == "torch")
 
     @property
     def functions(self) -> int:
@@ -269,16 +261,18 @@ def _tensor(value, number: int) -> torch.Tensor:
     return torch.as_tensor(value).detach()
 
 
-def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=None) -> Network:
+def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=None, tuning=True) -> Network:
     """Compile `model` (dense or pruned, in any mode; eval semantics) for inputs of exactly these shapes.
 
     `example_inputs`: a tensor or a tuple of them, float32 (or integers, for what reads integers). `threads`: cores a
     run may use. `mapping` only labels `explain()`: structure is read from the zeros, so networks pruned elsewhere are
-    as fast. Convolutions, linear layers, pooling and activations become kernels; the rest runs through PyTorch, and
-    `explain()` says so.
+    as fast. `tuning`: what `tune` has found on this machine is used; False: it is not; a path: that of another record.
+    Convolutions, linear layers, pooling and activations become kernels; the rest runs through PyTorch, and `explain()`
+    says so.
     """
-    if not isinstance(threads, int) or threads < 1:
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     inputs = tuple(_tensor(value, number) for number, value in enumerate(inputs))
-    return Network(trace(model, inputs), inputs, threads, mapping)
+    record = Fixed() if tuning is False else Record(None if tuning is True else tuning)
+    return Network(trace(model, inputs), inputs, threads, mapping, record)

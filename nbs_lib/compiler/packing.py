@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from nbs_lib.formats.packed import alike, prefix
 from nbs_lib.kernels.vector import HOST_REGISTERS
 
 # Register tile (filters -> vectors of pixels): accumulators + inputs + one weight fit in the registers.
@@ -18,6 +19,8 @@ TILES = {8: 3, 4: 6, 2: 8, 1: 16} if HOST_REGISTERS == 32 else {4: 3, 2: 4, 1: 8
 # Cycles per column and pixel vector, two FMAs and two loads a cycle: max(filters / 2, (1.5 + filters / vectors) / 2).
 COST = {rows: max(rows / 2, (1.5 + rows / vectors) / 2) for rows, vectors in TILES.items()}
 LARGEST = max(TILES)
+# Fully connected layers: cycles to gather one input, bytes a near cache holds, bytes a cycle brings from memory.
+GATHER, NEAR, BYTES_PER_CYCLE = 0.9, 1 << 20, 6.0
 
 
 @dataclass(eq=False)
@@ -34,21 +37,17 @@ class Segment:
         return self.filters.shape[1]
 
 
-def group_filters(kept: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(filters, columns) pairs for `kept`, bool (P, columns). Sizes are those of TILES."""
-    packed = np.packbits(kept, axis=1)
-    _, pattern = np.unique(packed.view(f"V{packed.shape[1]}").ravel(), return_inverse=True)
-    order = np.argsort(pattern, kind="stable")
-    runs = np.split(order, np.flatnonzero(np.diff(pattern[order])) + 1)
-    groups, single = [], {size: [] for size in TILES}
-    for run in runs:
+def group_filters(kept: np.ndarray, largest: int = LARGEST) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(filters, columns) pairs for `kept`, bool (P, columns). Sizes are those of TILES, up to `largest`."""
+    groups, single = [], {size: [] for size in TILES if size <= largest}
+    for run in alike(kept):
         begin = 0
-        for size in TILES:  # largest first
+        for size in single:  # largest first
             while len(run) - begin >= size:
                 members = run[begin : begin + size]
-                (groups if size == LARGEST else single[size]).append((members, kept[members[0]]))
+                (groups if size == largest else single[size]).append((members, kept[members[0]]))
                 begin += size
-    for size in sorted(TILES)[:-1]:
+    for size in sorted(single)[:-1]:
         units = sorted(single[size], key=lambda unit: unit[0][0])
         while units:
             one = units.pop(0)
@@ -56,42 +55,89 @@ def group_filters(kept: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
                 union = one[1] | units[0][1]
                 apart = COST[size] * (one[1].sum() + units[0][1].sum())
                 if COST[2 * size] * union.sum() <= apart:
-                    target = single[2 * size] if 2 * size < LARGEST else groups
+                    target = single[2 * size] if 2 * size < largest else groups
                     target.append((np.concatenate([one[0], units.pop(0)[0]]), union))
                     continue
             groups.append(one)
     return sorted(((f, np.flatnonzero(c)) for f, c in groups), key=lambda group: group[0][0])
 
 
-def pack(matrix: np.ndarray) -> list[Segment]:
-    """Segments, most filters per group first, that together compute `matrix` (P, columns) float32."""
+def pack(matrix: np.ndarray, largest: int = LARGEST, dense: bool | None = None) -> tuple[list[Segment], np.ndarray]:
+    """Segments, most filters per group first, that together compute `matrix` (P, columns) float32.
+
+    `dense`: compute all zeros (None: if the cost model finds that faster). Also gives the model's cycles per pixel
+    register, float64 (dense, sparse).
+    """
     kept = matrix != 0
-    groups = group_filters(kept)
-    dense = COST[LARGEST] / LARGEST * kept.size
-    if sum(COST[len(filters)] * len(columns) for filters, columns in groups) > dense:
-        groups = group_filters(np.ones_like(kept))
-    return [
+    sparse, full = group_filters(kept, largest), group_filters(np.ones_like(kept), LARGEST)
+    costs = np.array([cost(full), cost(sparse)])
+    groups = full if dense or (dense is None and costs[1] > costs[0]) else sparse
+    segments = [
         _segment(matrix, [group for group in groups if len(group[0]) == size])
         for size in TILES
         if any(len(group[0]) == size for group in groups)
     ]
+    return segments, costs
 
 
 def _segment(matrix: np.ndarray, groups: list) -> Segment:
-    begins = np.cumsum([0] + [len(columns) for _, columns in groups]).astype(np.int32)
     weights = np.concatenate([matrix[np.ix_(filters, columns)].T for filters, columns in groups])
     return Segment(
         np.array([filters for filters, _ in groups]),
-        begins,
+        prefix([len(columns) for _, columns in groups]),
         np.concatenate([columns for _, columns in groups]).astype(np.int32),
         np.ascontiguousarray(weights, np.float32),
     )
 
 
+def cost(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Cycles per pixel register of (filters, columns) pairs, on a machine of two FMAs and two loads a cycle; storing
+    the result of a filter takes one more."""
+    return sum(COST[len(filters)] * len(columns) + len(filters) for filters, columns in groups)
+
+
+def pack_neighbours(matrix: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(begins, columns, weights) of groups of `lanes` neighbouring filters that share a column list.
+
+    `begins`: prefix array into `columns`, int64; `weights`: float32 (len(columns), lanes).
+    """
+    blocks = np.pad(matrix, ((0, -len(matrix) % lanes), (0, 0))).reshape(-1, lanes, matrix.shape[1])
+    kept = (blocks != 0).any(axis=1)
+    by_column = blocks.transpose(0, 2, 1)
+    weights = np.ascontiguousarray(by_column if kept.all() else by_column[kept])
+    return prefix(kept.sum(axis=1)), np.nonzero(kept)[1], weights.reshape(-1, lanes)
+
+
+def pack_filters(matrix: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(begins, columns, weights) of filters with a column list each, `lanes` of them side by side.
+
+    None for too many columns, or hardly any zeros. `columns`: uint16, `weights`: float32, both (registers, lanes
+    filters, lanes); `begins`: prefix array into registers. A group is as long as its longest filter; zeros of column 0
+    fill the others up.
+    """
+    if matrix.shape[1] > 2**16 or 2 * np.count_nonzero(matrix) > matrix.size:
+        return None
+    rows, kept = np.nonzero(matrix)
+    counts = np.bincount(rows, minlength=len(matrix) + -len(matrix) % lanes)
+    begins = prefix(-(-counts.reshape(-1, lanes).max(axis=1) // lanes))
+    place = np.arange(len(rows)) - prefix(counts)[rows]  # of a weight in its filter
+    where = (begins[rows // lanes] + place // lanes, rows % lanes, place % lanes)
+    columns, weights = (np.zeros((begins[-1], lanes, lanes), dtype) for dtype in (np.uint16, np.float32))
+    columns[where], weights[where] = kept, matrix[rows, kept]
+    return begins, columns, weights
+
+
+def linear_cost(packed: tuple[np.ndarray, np.ndarray, np.ndarray], own: bool) -> float:
+    """Cycles of one image: those of the multiply-adds, or of reading from memory what no near cache holds."""
+    _, columns, weights = packed
+    size = weights.nbytes + (columns.nbytes if own else 4 * columns.size)
+    return max(weights.size * (GATHER if own else 1.3 / weights.shape[-1]), (size > NEAR) * size / BYTES_PER_CYCLE)
+
+
 @cache
-def cut(vectors: int, rows: int) -> tuple[tuple[int, int, int], ...]:
+def cut(vectors: int, rows: int, widest: int = 16) -> tuple[tuple[int, int, int], ...]:
     """Cut a plane of `vectors` registers into tiles: (vectors per tile, tiles, first vector), cheapest in all."""
-    sizes = [size for size in (16, 8, 6, 4, 3, 2, 1) if size <= TILES[rows]]
+    sizes = [size for size in (16, 8, 6, 4, 3, 2, 1) if size <= min(TILES[rows], widest)]
     price = {size: max(rows * size / 2, (1.5 * size + rows) / 2) + 0.5 for size in sizes}
     best = [(0.0, 0)]
     for total in range(1, vectors + 1):

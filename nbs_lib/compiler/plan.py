@@ -7,6 +7,7 @@ import math
 from nbs_lib.compiler import emit, moves, pooling
 from nbs_lib.compiler.fuse import ACTIVATIONS, Operation, activation, fuse, is_pointwise
 from nbs_lib.compiler.layout import Flat, Planar
+from nbs_lib.compiler.record import Fixed
 from nbs_lib.compiler.steps import Step
 from nbs_lib.kernels import jit
 from nbs_lib.layers import Graph
@@ -20,8 +21,8 @@ class Planner:
     `forms` maps (value, form) to where it lies; forms are "planar" and ("flat", images).
     """
 
-    def __init__(self, graph: Graph, threads: int):
-        self.graph, self.threads, self.width = graph, threads, jit.width()
+    def __init__(self, graph: Graph, threads: int, record: Fixed):
+        self.graph, self.threads, self.record, self.width = graph, threads, record, jit.width()
         self.shapes = {node.name: node.shape for node in graph.nodes}
         self.forms: dict[tuple, Planar | Flat] = {}
         self.objects = {node.name for node in graph.nodes if node.op in ("input", "constant")}
@@ -113,7 +114,7 @@ class Planner:
         for name in operation.node.inputs:
             step.exports |= self.export(name)
         step.reads = list(step.exports.values())
-        step.path, step.kernel, step.why = "torch", operation.node.op, f"no kernel for {operation.node.op}"
+        step.chosen, step.kernel, step.why = "torch", operation.node.op, f"no kernel for {operation.node.op}"
         step.computed_macs = operation.node.macs
         self.objects.add(operation.output.name)
 
@@ -143,6 +144,7 @@ class Planner:
         if layer.kind == "depthwise":
             step.emit = lambda: emit.depthwise(step, self.threads, layer, x, out, residual)
         else:
+            step.tiling = self.record.tiling(layer, x.images, self.threads)
             step.emit = lambda: emit.conv(step, layer, x, out, residual)
 
     def _phases(self, operation: Operation, name: str, layer, out: Planar) -> Planar:

@@ -15,8 +15,9 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
         if not isinstance(part, Tiled):
             launches.append(part)
             continue
-        pieces = cut(part.vectors, part.rows)
-        for (vectors, count, first), ranges in zip(pieces, balanced(threads, pieces, part.columns), strict=True):
+        pieces = cut(part.vectors, part.rows, part.tiling.vectors)
+        shares = balanced(threads, pieces, part.columns, part.tiling.split)
+        for (vectors, count, first), ranges in zip(pieces, shares, strict=True):
             launches.append(part.launch(vectors, count, first, ranges, reverse))
             tiles.append(f"{part.rows}x{vectors}")
     step.kernels = list(dict.fromkeys(launch.kernel.name for launch in launches))
@@ -25,8 +26,9 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
     return launches[::-1] if reverse else launches
 
 
-def balanced(threads: int, pieces: tuple[tuple[int, int, int], ...], columns: np.ndarray) -> list[Ranges]:
-    """One range list per piece (vectors, tiles, first) of a convolution: by tiles or by groups, whichever is more even.
+def balanced(threads: int, pieces, columns: np.ndarray, split: str | None = None) -> list[Ranges]:
+    """One range list per piece (vectors, tiles, first) of a convolution, `split` by "tiles", by "groups" or (None)
+    whichever is more even.
 
     `columns`: kept columns per group, the work of one tile.
     """
@@ -39,7 +41,7 @@ def balanced(threads: int, pieces: tuple[tuple[int, int, int], ...], columns: np
             loads[lightest] += vectors
     shares = share(columns + 1.0, threads)
     heaviest = max((columns[begin:end] + 1.0).sum() for begin, end in shares) / (columns + 1.0).sum()
-    by_tile = max(loads) / sum(loads) <= 1.02 * heaviest
+    by_tile = split == "tiles" or split is None and max(loads) / sum(loads) <= 1.02 * heaviest
     ranges = []
     for count, (_, tiles, _) in zip(counts, pieces, strict=True):
         ends = np.cumsum(count)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbs_lib.formats.packed import Packed, as_matrix, prefix
+from nbs_lib.formats.packed import Packed, alike, as_matrix, prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +23,12 @@ class BCS(Packed):
         """Pack a float32 weight (P, Q) or (P, Q, Kh, Kw), the latter seen as P x (Q*Kh*Kw). `reorder` makes rows with
         identical columns neighbours; runs go from most to fewest non-zeros a row, equal ones as they came."""
         kept = (matrix := as_matrix(weight)) != 0
-        seen: dict[bytes, int] = {}
-        alike = np.array([seen.setdefault(bits.tobytes(), len(seen)) for bits in np.packbits(kept, axis=1)])
-        order = np.lexsort((alike, -kept.sum(1))) if reorder else np.arange(len(matrix))
-        matrix, kept, alike = matrix[order], kept[order], alike[order]
-        lists = kept[starts := np.flatnonzero(np.diff(alike, prepend=-1))]
+        order = np.arange(len(matrix))
+        if reorder:
+            order = np.concatenate(sorted(alike(kept), key=lambda rows: -np.count_nonzero(kept[rows[0]])))
+        matrix, kept = matrix[order], kept[order]
+        starts = np.flatnonzero(np.append(True, (kept[1:] != kept[:-1]).any(axis=1)))
+        lists = kept[starts]
         columns = (np.flatnonzero(lists) % matrix.shape[1]).astype(np.int32)
         runs, offset = np.append(starts, len(matrix)).astype(np.int32), prefix(kept.sum(1))
         return cls(weight.shape, matrix[kept], columns, prefix(lists.sum(1)), runs, offset, order.astype(np.int32))

@@ -14,9 +14,7 @@ class Packed:
     shape: tuple[int, ...]
     weights: np.ndarray
 
-    @property
-    def nnz(self) -> int:
-        return self.weights.size
+    nnz = property(lambda self: self.weights.size)
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -70,6 +68,14 @@ def as_matrix(weight: np.ndarray) -> np.ndarray:
     if weight.dtype != np.float32 or weight.ndim not in (2, 4) or not 0 < weight.size < 2**31:
         raise ValueError(f"Expected a float32 weight (P, Q) or (P, Q, Kh, Kw). Got {weight.dtype} {weight.shape}.")
     return weight.reshape(len(weight), -1)
+
+
+def alike(kept: np.ndarray) -> list[np.ndarray]:
+    """The rows of `kept`, bool (P, columns), grouped where identical: rising row numbers, int64. By first row."""
+    groups: dict[bytes, list[int]] = {}
+    for row, bits in enumerate(np.packbits(kept, axis=1)):
+        groups.setdefault(bits.tobytes(), []).append(row)
+    return [np.array(rows) for rows in groups.values()]
 
 
 def prefix(counts: np.ndarray) -> np.ndarray:

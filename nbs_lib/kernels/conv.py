@@ -15,61 +15,75 @@ from nbs_lib.kernels.jit import Kernel, build, header, width
 
 FIELDS = (
     "x", "out", "residual", "weights", "columns", "begins", "planes", "bias", "mask", "bounds",
-    "images", "x_image", "out_image", "first", "step",
+    "images", "x_image", "out_image", "first", "step", "block",
 )  # fmt: skip
+FETCHES = ("", "columns", "tile")
+DISTANCE = 12  # columns from a multiply-add to the inputs it prefetches: `columns` must go on that far behind its end
 
 
 @cache
-def kernel(rows: int, vectors: int, epilogue: tuple[str, ...], ahead: bool = False) -> Kernel:
-    """The kernel for a register tile of `rows` x `vectors`; `ahead` prefetches the next tile (inputs far away)."""
-    lanes = 4 * width()
-    name = f"conv_{rows}x{vectors}_{'_'.join(epilogue) or 'linear'}{'_ahead' if ahead else ''}"
-    return build(name, source(rows, vectors, epilogue, ahead, lanes), FIELDS, width())
+def kernel(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str = "", unroll: int = 1) -> Kernel:
+    """The kernel for a register tile of `rows` x `vectors`. `block` tiles go over a group's weights in turn.
+
+    `fetch`, what to prefetch: "columns", inputs some columns ahead, which left the nearest cache; "tile", those of the
+    next tile, which are further away; "", nothing. `unroll`: columns per turn of the inner loop.
+    """
+    name = (
+        f"conv_{rows}x{vectors}_{'_'.join(epilogue) or 'linear'}{fetch and '_' + fetch}{f'_u{unroll}' * (unroll > 1)}"
+    )
+    return build(name, source(rows, vectors, epilogue, fetch, unroll, 4 * width()), FIELDS, width())
 
 
-def source(rows: int, vectors: int, epilogue: tuple[str, ...], ahead: bool, lanes: int) -> str:
+def source(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str, unroll: int, lanes: int) -> str:
     """Python source of the kernel; `lanes` is the byte size of a register.
 
     Accumulator `a{i}_{j}` holds filter i of the group at pixel vector j. Per column the shorter side of the tile stays
     in registers and the longer one streams, so that the tile never spills.
     """
-    text = [*header(FIELDS), *ending.constants(epilogue)]
-    text += [
+    text = [
+        *header(FIELDS), *ending.constants(epilogue),
         "    for image in range(images):",
-        "        for tile in range(tile_begin, tile_end):",
-        "            position = first + tile * step",
-        "            pixel = x + image * x_image + position",
-        "            target = image * out_image + position",
-    ]
-    text += [f"            m{j} = load_mask(mask + position + {lanes * j})" for j in range(vectors)]
-    text += [
+        "        for head in range(tile_begin, tile_end, block):",
+        "            tail = min(head + block, tile_end)",
         "            for group in range(group_begin, group_end):",
-        "                begin = load_int32(begins + 4 * group)",
+        "                first_column = load_int32(begins + 4 * group)",
         "                end = load_int32(begins + 4 * group + 4)",
-        f"                w = weights + {4 * rows} * begin",
         f"                row = {4 * rows} * group",
-    ]
+        "                for tile in range(head, tail):",
+    ]  # fmt: skip
+    body = ["position = first + tile * step", "pixel = x + image * x_image + position"]
+    body += ["begin = first_column", f"w = weights + {4 * rows} * begin"]
     for i in range(rows):
-        text += [f"                b = splat(load_float(bias + row + {4 * i}))"]
-        text += [f"                a{i}_{j} = b" for j in range(vectors)]
-    text += [
-        "                for column in range(begin, end):",
-        "                    p = pixel + load_int32(columns + 4 * column)",
-    ]
-    values = [f"x{j} = load(p + {lanes * j})" for j in range(vectors)]
-    weights = [f"w{i} = splat(load_float(w + {4 * i}))" for i in range(rows)]
-    multiply = [[f"a{i}_{j} = fma(x{j}, w{i}, a{i}_{j})" for j in range(vectors)] for i in range(rows)]
-    if vectors <= rows:
-        body = values + [line for i in range(rows) for line in (weights[i], *multiply[i])]
-    else:
-        body = weights + [line for j in range(vectors) for line in (values[j], *(m[j] for m in multiply))]
-    body += ["prefetch(w + 1024)"]  # weights are read once: stay a kilobyte ahead of the stream
-    if ahead:
-        body += [f"prefetch(p + step + {lanes * j})" for j in range(vectors)]
-    text += [" " * 20 + line for line in [*body, f"w += {4 * rows}"]]
+        body += [f"b = splat(load_float(bias + row + {4 * i}))", *[f"a{i}_{j} = b" for j in range(vectors)]]
+    turns = [_column(rows, vectors, fetch, n, lanes) for n in range(unroll)]
+    if unroll > 1:
+        body += [f"whole = begin + (end - begin) // {unroll} * {unroll}"]
+        body += [f"for column in range(begin, whole, {unroll}):", *["    " + line for turn in turns for line in turn]]
+        body += [f"    w += {4 * rows * unroll}", "begin = whole"]
+    body += ["for column in range(begin, end):", *["    " + line for line in [*turns[0], f"w += {4 * rows}"]]]
+    body += ["target = image * out_image + position"]
+    body += [f"m{j} = load_mask(mask + position + {lanes * j})" for j in range(vectors)]
     for i in range(rows):
-        text += [f"                plane = target + load_int32(planes + row + {4 * i})"]
+        body += [f"plane = target + load_int32(planes + row + {4 * i})"]
         for j in range(vectors):
             value = ending.apply(epilogue, f"a{i}_{j}", f"residual + plane + {lanes * j}")
-            text += [f"                store_kept(out + plane + {lanes * j}, {value}, m{j})"]
-    return "\n".join(text)
+            body += [f"store_kept(out + plane + {lanes * j}, {value}, m{j})"]
+    return "\n".join(text + [" " * 20 + line for line in body])
+
+
+def _column(rows: int, vectors: int, fetch: str, n: int, lanes: int) -> list[str]:
+    """The multiply-adds of column number `column + n`."""
+    values = [f"x{j} = load(p + {lanes * j})" for j in range(vectors)]
+    weights = [f"w{i} = splat(load_float(w + {4 * (i + rows * n)}))" for i in range(rows)]
+    multiply = [[f"a{i}_{j} = fma(x{j}, w{i}, a{i}_{j})" for j in range(vectors)] for i in range(rows)]
+    body = [f"p = pixel + load_int32(columns + 4 * column + {4 * n})"]
+    if fetch == "columns":
+        body += [f"q = pixel + load_int32(columns + 4 * column + {4 * (n + DISTANCE)})"]
+        body += [f"prefetch(q + {line})" for line in (*range(0, lanes * vectors, 64), lanes * vectors - 4)]
+    if vectors <= rows:
+        body += values + [line for i in range(rows) for line in (weights[i], *multiply[i])]
+    else:
+        body += weights + [line for j in range(vectors) for line in (values[j], *(m[j] for m in multiply))]
+    if fetch == "tile":
+        body += [f"prefetch(p + step + {lanes * j})" for j in range(vectors)]
+    return body + [f"prefetch(w + {1024 + 4 * rows * n})"]  # weights are read once: stay a kilobyte ahead of the stream

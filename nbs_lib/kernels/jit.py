@@ -53,7 +53,7 @@ def header(fields: tuple[str, ...]) -> list[str]:
 
 
 @cache
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """Kernels depend on this package's kernel sources and on the compiler: a change of either compiles anew."""
     text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256((text + numba.__version__ + llvmlite.__version__).encode()).hexdigest()[:12]
@@ -81,7 +81,7 @@ def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel
     )
     text = imports + source + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = cache_dir() / "kernels" / _fingerprint() / f"{name}_{digest}.py"
+    path = cache_dir() / "kernels" / fingerprint() / f"{name}_{digest}.py"
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomic(path, text)
     module = ModuleType(f"nbs_kernel_{path.stem}")

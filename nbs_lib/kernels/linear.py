@@ -1,7 +1,9 @@
-"""Fully connected layers at small batch: bound by reading the weights once, so `lanes` filters share a column list.
+"""Fully connected layers at small batch: bound by reading the weights once. Two kernels, for two kinds of structure.
 
-A register holds one column's weights of `lanes` neighbouring filters; the input value is broadcast. Four columns are in
-flight to hide the latency of the multiply-add.
+`kernel`: `lanes` neighbouring filters share a column list. A register holds one column's weights of all of them, the
+input value is broadcast; four columns are in flight to hide the latency of the multiply-add.
+`gathered`: every filter has a list of its own. A register holds `width` kept weights of one filter, their inputs are
+gathered; `width` filters go side by side, so that what one brings into the near cache serves the others.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ FIELDS = (
     "images", "x_image", "out_image",
 )  # fmt: skip
 FLIGHT = 4
+AHEAD = 8192  # bytes
 
 
 def lanes() -> int:
@@ -56,5 +59,41 @@ def source(epilogue: tuple[str, ...], size: int) -> str:
         "            target = image * out_image + plane",
         f"            a0 = {'add(' * (FLIGHT - 1)}a0{''.join(f', a{i})' for i in range(1, FLIGHT))}",
         f"            store(out + target, {ending.apply(epilogue, 'a0', 'residual + target')})",
+    ]
+    return "\n".join(text)
+
+
+@cache
+def gathered(epilogue: tuple[str, ...]) -> Kernel:
+    """The kernel for filters with lists of their own; `columns` are uint16 column numbers, `begins` count registers."""
+    name = f"gathered_{width()}_{'_'.join(epilogue) or 'linear'}"
+    return build(name, gathered_source(epilogue, width()), FIELDS, width())
+
+
+def gathered_source(epilogue: tuple[str, ...], lanes: int) -> str:
+    """Python source; register r of filter i of a group lies at ((begin + r) * lanes + i) * lanes weights."""
+    size = 4 * lanes
+    text = [*header(FIELDS), *ending.constants(epilogue)]
+    text += [
+        "    for group in range(group_begin, group_end):",
+        "        begin = load_int32(begins + 4 * group)",
+        "        end = load_int32(begins + 4 * group + 4)",
+        "        plane = load_int32(planes + 4 * group)",
+        "        for image in range(images):",
+        "            source = x + image * x_image",
+        f"            w = weights + {size * lanes} * begin",
+        f"            c = columns + {2 * lanes * lanes} * begin",
+        *[f"            a{i} = splat(float32(0))" for i in range(lanes)],
+        "            for register in range(begin, end):",
+    ]
+    for i in range(lanes):
+        text += [f"                a{i} = fma(gather(source, c + {2 * lanes * i}), load(w + {size * i}), a{i})"]
+        text += [f"                prefetch(w + {AHEAD + size * i})"]  # the weights come from memory, once
+    text += [f"                w += {size * lanes}", f"                c += {2 * lanes * lanes}"]
+    text += ["            target = image * out_image + plane"]
+    text += [f"            store_float(out + target + {4 * i}, total(a{i}))" for i in range(lanes)]
+    text += [
+        f"            a = add(load(out + target), load(bias + {size} * group))",
+        f"            store(out + target, {ending.apply(epilogue, 'a', 'residual + target')})",
     ]
     return "\n".join(text)

@@ -1,4 +1,4 @@
-"""What one core can do at best: the FMA peak that every "share of peak" is a share of."""
+"""What one core can do at best: the FMA peak that every "share of peak" is a share of, and bytes from memory."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ def peak_gmacs(repeats: int = 5, milliseconds: float = 20.0) -> float:
         best, repeats = max(best, count * per_count / seconds / 1e9), repeats - 1
         if repeats <= 0:
             return best
+
+
+def bandwidth_gbs(repeats: int = 5, megabytes: int = 64) -> float:
+    """GB/s at which one core reads an array that no near cache holds: best of `repeats`."""
+    lanes = 4 * width()
+    text = [
+        *header(FIELDS),
+        *[f"    a{i} = load(x)" for i in range(4)],
+        f"    for p in range(x, x + count, {4 * lanes}):",
+    ]
+    text += [f"        a{i} = add(a{i}, load(p + {lanes * i}))" for i in range(4)]
+    kernel = build("bandwidth", "\n".join([*text, "    store(x, add(add(a0, a1), add(a2, a3)))"]), FIELDS, width())
+    data, times = np.ones((megabytes << 18) + width(), np.float32), []
+    arguments = kernel.arguments([(0, 0, 0, 0)], x=data.ctypes.data, count=megabytes << 20)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        kernel.keep.ctypes(arguments.ctypes.data, 0)
+        times.append(time.perf_counter() - start)
+    return (megabytes << 20) / min(times) / 1e9

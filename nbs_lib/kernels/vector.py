@@ -20,6 +20,7 @@ from numba.extending import intrinsic, models, register_model
 
 FLOAT = ir.FloatType()
 BYTE = ir.IntType(8)
+TRUTH = ir.IntType(1)
 INT = ir.IntType(32)
 LONG = ir.IntType(64)
 
@@ -193,6 +194,27 @@ def operations(width: int) -> SimpleNamespace:
         return types.void(types.int64, vector), codegen
 
     @intrinsic
+    def gather(typing, base, numbers):
+        def codegen(context, builder, signature, args):
+            short = ir.VectorType(ir.IntType(16), width)
+            loaded = builder.load(_pointer(builder, args[1], short))
+            loaded.align = 2
+            if width == 16:
+                kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, ir.VectorType(TRUTH, width), INT])
+                function = builder.module.declare_intrinsic("llvm.x86.avx512.mask.gather.dps.512", fnty=kind)
+                everywhere = ir.Constant(ir.VectorType(TRUTH, width), [1] * width)
+                operands = [zero, _pointer(builder, args[0], BYTE), builder.zext(loaded, bits), everywhere, INT(4)]
+                return builder.call(function, operands)
+            value = zero
+            for lane in range(width):
+                number = builder.zext(builder.extract_element(loaded, INT(lane)), LONG)
+                address = builder.add(args[0], builder.mul(number, LONG(4)))
+                value = builder.insert_element(value, builder.load(_pointer(builder, address, FLOAT)), INT(lane))
+            return value
+
+        return vector(types.int64, types.int64), codegen
+
+    @intrinsic
     def splat(typing, scalar):
         def codegen(context, builder, signature, args):
             single = builder.insert_element(ir.Constant(register, ir.Undefined), args[0], ir.Constant(INT, 0))
@@ -277,6 +299,7 @@ def operations(width: int) -> SimpleNamespace:
         load=load,
         store=store,
         splat=splat,
+        gather=gather,
         fma=fma,
         total=total,
         add=binary(lambda b, x, y: b.fadd(x, y)),

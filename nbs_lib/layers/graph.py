@@ -1,11 +1,10 @@
 """`LayerSpec`, `Node`, `Graph`: a network as the compiler sees it. One multiply-add is one MAC."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,41 +30,28 @@ class LayerSpec:
     calls: int  # runs in one forward
     weight: np.ndarray = field(repr=False)  # float32 (P, Q, Kh, Kw); linear: (P, Q)
     bias: np.ndarray | None = field(repr=False)  # float32 (P,)
-    uneven: int = (
-        0  # output positions of all calls less H * W * calls: not 0 where the calls see maps of different sizes
-    )
+    uneven: int = field(default=0, repr=False)  # output positions of all calls less H * W * calls
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+    shape = property(lambda self: self.weight.shape)
+    params = property(lambda self: self.weight.size)
+    nnz = cached_property(lambda self: int(np.count_nonzero(self.weight)))
+    rate = property(lambda self: _rate(self.params, self.nnz))
+    positions = property(lambda self: self.H * self.W * self.calls + self.uneven)
+    macs = property(lambda self: self.params * self.positions)
+    effective_macs = property(lambda self: self.nnz * self.positions)
+    is_3x3 = property(lambda self: (self.Kh, self.Kw) == (3, 3))
 
-    @property
-    def params(self) -> int:
-        return self.weight.size
 
-    @property
-    def positions(self) -> int:
-        return self.H * self.W * self.calls + self.uneven
+def _rate(total: int, left: int) -> float:
+    return total / left if left else math.inf
 
-    @property
-    def macs(self) -> int:
-        return self.params * self.positions
 
-    @cached_property
-    def nnz(self) -> int:
-        return int(np.count_nonzero(self.weight))
+class Rates(NamedTuple):
+    """A model's reached rates: total / left of its CONV weights (what the papers mean), all weights, and MACs."""
 
-    @property
-    def effective_macs(self) -> int:
-        return self.nnz * self.positions
-
-    @property
-    def rate(self) -> float:
-        return self.params / self.nnz if self.nnz else float("inf")
-
-    @property
-    def is_3x3(self) -> bool:
-        return (self.Kh, self.Kw) == (3, 3)
+    conv: float
+    weights: float
+    macs: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +90,16 @@ class Graph:
         """Dense multiply-adds per image of the named layers."""
         return sum(layer.macs for layer in self.layers.values())
 
+    def rates(self) -> Rates:
+        """The rates the zeros amount to, infinite where all is pruned; `conv` is `weights` without CONV layers."""
+
+        def rate(layers: list[LayerSpec], total: str, left: str) -> float:
+            return _rate(sum(getattr(layer, total) for layer in layers), sum(getattr(layer, left) for layer in layers))
+
+        layers = list(self.layers.values())
+        conv = [layer for layer in layers if layer.kind != "linear"] or layers
+        return Rates(rate(conv, "params", "nnz"), rate(layers, "params", "nnz"), rate(layers, "macs", "effective_macs"))
+
     def unflatten(self, values: list[Any]) -> Any:
         """Rebuild what the model returns (tensor, tuple, dict, ...) from one value per name in `outputs`."""
         if len(values) != len(self.outputs):
@@ -115,10 +111,10 @@ class Graph:
 
     def frame(self) -> pd.DataFrame:
         """One row per layer."""
-        columns = ["name", "kind", "P", "Q", "Kh", "Kw", "stride", "padding", "dilation", "groups", "H", "W", "calls"]
+        columns = ["kind", "P", "Q", "Kh", "Kw", "stride", "padding", "dilation", "groups", "H", "W", "calls"]
         columns += ["params", "macs", "effective_macs", "rate"]
-        rows = [[getattr(layer, column) for column in columns] for layer in self.layers.values()]
-        return pd.DataFrame(rows, columns=["layer", *columns[1:]])
+        rows = [[name, *(getattr(layer, of) for of in columns)] for name, layer in self.layers.items()]
+        return pd.DataFrame(rows, columns=["layer", *columns])
 
     def __repr__(self) -> str:
         table = self.frame().drop(columns=["padding", "dilation"]).to_string(index=False)

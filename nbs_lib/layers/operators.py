@@ -2,8 +2,6 @@
 depends on an input is a FakeTensor) and its output; it gives `(op, attrs)`, attributes in plain Python and NumPy, or
 None for a use the vocabulary has no word for. "conv2d" and "linear" give LayerSpec fields instead, except the sizes."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """`trace`: a PyTorch module through `torch.export` into a `Graph`. What depends on no input is computed here, once."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re
@@ -28,8 +26,7 @@ def trace(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, .
     """The graph of `model` for inputs like `example_inputs` (float32 or integers), batch first, with eval semantics.
 
     The model is left as it was, and what happens to it later does not reach the graph. Raises TypeError for what is no
-    module or no tensor, and ValueError, with module and operator named, for what cannot be exported.
-    """
+    module or no tensor, and ValueError, with module and operator named, for what cannot be exported."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module. Got {type(model).__name__}.")

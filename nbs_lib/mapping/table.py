@@ -22,8 +22,9 @@ class Mapping(dict):
         """One row per layer of the network: layer, kind, shape, macs (dense, per image), scheme, nominal rate, reason.
         Layers left out have the scheme "dense" and rate 1."""
         known = {row["layer"]: row for row in self.layers}
-        rows = [row | {"scheme": "dense", "rate": 1.0} | _as_row(self.get(name)) for name, row in known.items()]
-        rows += [{"layer": name} | _as_row(choice) for name, choice in self.items() if name not in known]
+        chosen = {name: {"scheme": str(choice.scheme), "rate": choice.rate} for name, choice in self.items()}
+        dense = {"scheme": "dense", "rate": 1.0}
+        rows = [known.get(name, {"layer": name}) | chosen.get(name, dense) for name in known | chosen]
         return pd.DataFrame(rows, columns=["layer", "kind", "shape", "macs", "scheme", "rate", "reason"])
 
     def to_json(self) -> dict:
@@ -48,10 +49,6 @@ class Mapping(dict):
             raise ValueError(f"Expected a mapping written by Mapping.save. Got {path}: {error!r}.") from error
 
 
-def _as_row(choice: Choice | None) -> dict:
-    return {"scheme": str(choice.scheme), "rate": choice.rate} if choice else {}
-
-
 def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict[str, Scheme], list[dict]]:
     """Which layers of the graph get which scheme, and the row of every layer, with the reason where it gets none.
 
@@ -63,15 +60,15 @@ def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict
         raise KeyError(f"Expected ignored_layers out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")
     schemes, rows = {}, []
     for layer in graph.layers.values():
+        refusals = {scheme: scheme.legal(layer)[1] for scheme in options[layer.kind]}
         if layer.name in ignored:
             reason = "ignored on request"
         elif layer.kind == "conv" and layer.Q * layer.groups < 4:
             reason = "stem: fewer than 4 input channels"
-        elif legal := [scheme for scheme in options[layer.kind] if scheme.legal(layer)[0]]:
+        elif legal := [scheme for scheme, refusal in refusals.items() if not refusal]:
             schemes[layer.name], reason = legal[0], ""
         else:
-            reasons = [scheme.legal(layer)[1] for scheme in options[layer.kind]]
-            reason = "; ".join(reasons) or f"{layer.kind} layers are left dense"
+            reason = "; ".join(refusals.values()) or f"{layer.kind} layers are left dense"
         facts = {"layer": layer.name, "kind": layer.kind, "shape": tuple(layer.shape), "groups": layer.groups}
         rows.append(facts | {"macs": int(layer.macs), "reason": reason})
     return schemes, rows

@@ -6,7 +6,6 @@ import re
 import sys
 import types
 import warnings
-from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
@@ -46,15 +45,13 @@ def _describe(target, inputs: tuple[np.ndarray, ...]) -> dict:
         row |= {name: _agreed(getattr(layer, name) for layer in layers) for name in names}
         row["stride"] = _agreed(stride for layer in layers for stride in layer.stride)
         row |= {"layer": layers[0].name if len(layers) == 1 else "", "nnz": sum(layer.nnz for layer in layers)}
-        conv = [layer for layer in layers if layer.kind != "linear"] or layers  # whose weights the papers' rate counts
-        row["reached_rate"] = sum(layer.params for layer in conv) / max(sum(layer.nnz for layer in conv), 1)
+        row["reached_rate"] = target.graph.rates().conv
     return row
 
 
 def _attempt(target, device, inputs, runs, warmup, adaptive=False) -> dict:
     """The row of one measurement; what fails leaves its error in it."""
-    row = device.provenance(getattr(target, "engine", f"python {platform.python_version()}"))
-    row |= {"commit": host.commit(), "utc": datetime.now(UTC).isoformat(timespec="seconds")}
+    row = device.provenance(getattr(target, "engine", f"python {platform.python_version()}")) | host.stamp()
     try:
         row |= _describe(target, inputs)
         return row | device.run(target, inputs, runs, warmup, adaptive)
@@ -81,8 +78,7 @@ def measure(target, device="host", runs=100, warmup=10, cache=None, adaptive=Fal
 
     `device`: a key of DEVICES. `adaptive`: 20 to `runs` samples, until MAD < 2 %. `x`: array, tensor or
     a tuple of them, else `target.example_inputs`. `cache`: a path, or True for data/measured/<device>/<model>.csv.
-    `columns`: other columns, as model="resnet18", seed=0. KeyError for an unknown device or column.
-    """
+    `columns`: other columns, as model="resnet18", seed=0. KeyError for an unknown device or column."""
     if device not in DEVICES:
         raise KeyError(f"Expected a device among {', '.join(DEVICES)}. Got {device!r}.")
     row = _attempt(target, DEVICES[device], _arrays(target, x), runs, warmup, adaptive)
@@ -90,18 +86,22 @@ def measure(target, device="host", runs=100, warmup=10, cache=None, adaptive=Fal
 
 
 def compare(targets: dict, x=None, rounds=20, warmup=3, settle=1, cache=None, **columns) -> pd.DataFrame:
-    """Time {label: target} in alternation on the host, same inputs, same threads: a row each, failures included.
+    """Time {label: target} in alternation on the host, same threads: a row each, failures included.
 
-    Beside the schema's columns: `label`; `ratio` = median of the first target / median of this one (above 1: this one
-    is faster), with its 95 % bootstrap interval `ratio_lo`, `ratio_hi`. ValueError where thread counts differ.
-    """
+    All get `x`, else each its own `example_inputs`. Beside the schema's columns: `label`; `ratio` = median of the first
+    target / median of this one (above 1: this one is faster), with its 95 % bootstrap interval `ratio_lo`, `ratio_hi`.
+    ValueError where thread counts or the inputs' shapes differ."""
     base, threads = next(iter(targets)), {getattr(target, "threads", 1) for target in targets.values()}
     if len(threads) > 1:
         raise ValueError(f"Expected one thread count for all targets. Got {sorted(threads)}.")
-    inputs = _arrays(targets[base], x)
+    inputs = {label: _arrays(target, x) for label, target in targets.items()}
+    shapes = {label: [array.shape for array in arrays] for label, arrays in inputs.items()}
+    if any(shape != shapes[base] for shape in shapes.values()):
+        raise ValueError(f"Expected targets with example_inputs of the same shapes. Got {shapes}.")
     with clock.lock():
-        rows = {label: _attempt(target, host, inputs, 1, 0) for label, target in targets.items()}
-        calls = {label: functools.partial(targets[label], *inputs) for label in rows if rows[label].get("ok", True)}
+        rows = {label: _attempt(target, host, inputs[label], 1, 0) for label, target in targets.items()}
+        good = [label for label, row in rows.items() if row.get("ok", True)]
+        calls = {label: functools.partial(targets[label], *inputs[label]) for label in good}
         with clock.pin(*threads):
             timings = clock.alternate(calls, rounds if calls else 0, warmup, settle=settle)
     taken = [row | (timings.timings[label].row() if label in calls else {}) for label, row in rows.items()]

@@ -21,8 +21,11 @@ HEADER = ",".join(COLUMNS)
 
 
 def read(path: str | Path) -> pd.DataFrame:
-    """Rows of a file, or of all CSV files under a folder. A warning with file and line for whatever is skipped."""
+    """Rows of a file, or of all CSV files under a folder. A warning with file and line for whatever is skipped.
+    FileNotFoundError where there is neither."""
     path, rows = Path(path), []
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a CSV file of measurements, or a folder of them. Got {path}: not there.")
     for file in sorted(path.rglob("*.csv")) if path.is_dir() else [path]:
         headed = None
         for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):

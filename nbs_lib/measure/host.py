@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def commit() -> str:
     return (ours and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or "unknown"
 
 
+def stamp() -> dict:
+    """Columns that say of which code and when (UTC) a number is."""
+    return {"commit": commit(), "utc": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
 def fingerprint(engine: str) -> str:
     """12 hex digits that change with the CPU, its vector features, the engine and the code generator's versions."""
     parts = [cpu_model(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), engine]
@@ -43,7 +49,8 @@ def provenance(engine: str) -> dict:
     heat = [entry.current for group in getattr(psutil, "sensors_temperatures", dict)().values() for entry in group]
     row = {"device": "host", "cpu": cpu_model(), "cores": cores, "fingerprint": fingerprint(engine)}
     row |= {"load1": psutil.getloadavg()[0], "temperature_c": max(heat, default=None)}
-    return row | dict(zip(("engine", "engine_version"), engine.partition(" ")[::2], strict=True))
+    name, _, number = engine.partition(" ")
+    return row | {"engine": name, "engine_version": number}
 
 
 def run(target, inputs: tuple, runs=100, warmup=10, adaptive=False) -> dict:

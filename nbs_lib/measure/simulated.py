@@ -30,7 +30,7 @@ class Roofline:
             raise ValueError(f"Expected threads from 1 to {self.cores}, the cores of {self.name}. Got {threads}.")
         scheme = steps.scheme.astype(str)
         # What is dense, or merely lost filters or channels, shares columns over all rows; unlabelled zeros over none.
-        shared = (steps.path != "sparse") | scheme.str.startswith(("filter", "channel"))
+        shared = (steps.chosen != "sparse") | scheme.str.startswith(("filter", "channel"))
         rows = scheme.str.extract(r"\((\d+)x", expand=False).astype(float).fillna(1).mask(shared, np.inf)
         share = np.interp(rows, list(self.efficiency), list(self.efficiency.values()))
         compute_ms = steps.computed_macs / (share * self.peak_gmacs * threads) / 1e6

@@ -31,8 +31,7 @@ def cascade(P, Q, H, W, kernel=3, stride=1, groups=1, layers=10, seed=0) -> tupl
     """A test model in eval mode and its example inputs, float32, batch 1.
 
     As in a LayerSpec, P: filters; Q: input channels per group; H, W: output feature map. kernel: odd, square, padded
-    by half of it. ValueError for an even kernel, or groups that do not divide P.
-    """
+    by half of it. ValueError for an even kernel, or groups that do not divide P."""
     if kernel % 2 == 0 or P % groups:
         raise ValueError(f"Expected an odd kernel, and groups that divide P = {P}. Got {kernel}, groups {groups}.")
     channels = Q * groups

@@ -28,8 +28,8 @@ def _projected_shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
 
-def _resnet(block: type, depths: list[int], planes: list[float], shortcut: Callable, num_classes: int) -> nn.Module:
-    planes = [max(1, round(plane)) for plane in planes]
+def _resnet(block: type, depths: list[int], first: float, shortcut: Callable, num_classes: int) -> nn.Module:
+    planes = [max(1, round(first * 2**stage)) for stage in range(len(depths))]
     channels, stages = planes[0], OrderedDict()
     for stage, (depth, plane) in enumerate(zip(depths, planes, strict=True), start=1):
         stages[f"layer{stage}"] = blocks = nn.Sequential()
@@ -49,21 +49,19 @@ def _resnet(block: type, depths: list[int], planes: list[float], shortcut: Calla
 
 def resnet18_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """ResNet-18 for (N, 3, 32, 32); `width` multiplies every layer's channels."""
-    planes = [64 * width, 128 * width, 256 * width, 512 * width]
-    return _resnet(BasicBlock, [2, 2, 2, 2], planes, _projected_shortcut, num_classes)
+    return _resnet(BasicBlock, [2, 2, 2, 2], 64 * width, _projected_shortcut, num_classes)
 
 
 def resnet50_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """ResNet-50 for (N, 3, 32, 32); `width` multiplies every layer's channels."""
-    planes = [64 * width, 128 * width, 256 * width, 512 * width]
-    return _resnet(Bottleneck, [3, 4, 6, 3], planes, _projected_shortcut, num_classes)
+    return _resnet(Bottleneck, [3, 4, 6, 3], 64 * width, _projected_shortcut, num_classes)
 
 
 def resnet20(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """He et al.'s 20-layer CIFAR network, for (N, 3, 32, 32); `width` multiplies every layer's channels."""
-    return _resnet(BasicBlock, [3, 3, 3], [16 * width, 32 * width, 64 * width], PaddedShortcut, num_classes)
+    return _resnet(BasicBlock, [3, 3, 3], 16 * width, PaddedShortcut, num_classes)
 
 
 def resnet56(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """He et al.'s 56-layer CIFAR network, for (N, 3, 32, 32); `width` multiplies every layer's channels."""
-    return _resnet(BasicBlock, [9, 9, 9], [16 * width, 32 * width, 64 * width], PaddedShortcut, num_classes)
+    return _resnet(BasicBlock, [9, 9, 9], 16 * width, PaddedShortcut, num_classes)

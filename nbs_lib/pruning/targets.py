@@ -21,11 +21,8 @@ class Target:
 def find_weight(model: nn.Module, layer: str) -> tuple[nn.Parameter, nn.Module]:
     """The parameter a layer name means, a module's `weight` or a parameter's own path, and the module that owns it."""
     for path in (f"{layer}.weight".lstrip("."), layer):
-        owner, _, name = path.rpartition(".")
         with suppress(AttributeError):
-            module = model.get_submodule(owner)
-            if module._parameters.get(name) is not None:
-                return module._parameters[name], module
+            return model.get_parameter(path), model.get_submodule(path.rpartition(".")[0])
     known = [path.removesuffix(".weight") for path, weight in model.named_parameters() if weight.ndim in (2, 4)]
     raise KeyError(f"Expected a layer out of {', '.join(known)}. Got {layer!r}, which has no plain weight parameter.")
 

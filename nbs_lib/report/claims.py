@@ -36,8 +36,7 @@ class Claims:
     def check(self, key: str, value: float | bool, note: str = "") -> str:
         """Judge a value, in the claim's unit, by its criterion; return the verdict.
 
-        KeyError for an unknown claim; ValueError for an untestable one, or a value that is not a finite number.
-        """
+        KeyError for an unknown claim; ValueError for an untestable one, or a value that is not a finite number."""
         criterion, threshold = self._find(key)[["criterion", "threshold"]]
         if criterion not in CRITERIA or not math.isfinite(value):
             raise ValueError(f"Expected a testable claim and a finite value, else `cannot`. Got {key}: {value}.")

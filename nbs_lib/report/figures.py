@@ -1,7 +1,6 @@
 """One look for every figure, and the generic shapes the notebooks draw: tidy frames in, marks on an `ax` out.
 
-Where a number comes from is never left to the reader: a drawn frame has a column `provenance`, which fixes the colour
-and stands in every legend.
+A drawn frame has a column `provenance`, where its numbers come from: it fixes the colour and stands in every legend.
 """
 
 import matplotlib.pyplot as plt
@@ -43,40 +42,31 @@ def heat(mask: np.ndarray, ax: plt.Axes | None = None, title: str = "") -> plt.A
 
 def bars(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
     """Draw bars of `y` over the categories `x`, a series per provenance (and value of `by`); NaN leaves a gap."""
-    ax, frame, palette = _prepare(frame, x, y, by, ax)
-    if len(frame):
-        sns.barplot(frame, x=x, y=y, hue="series", palette=palette, saturation=1, errorbar=None, ax=ax)
-        for container in ax.containers:
-            ax.bar_label(container, fmt=lambda height: "" if np.isnan(height) else f"{height:.3g}", fontsize="x-small")
-    return _finish(ax, x, y)
+    ax = _draw(sns.barplot, frame, x, y, by, ax, saturation=1)
+    for container in ax.containers:
+        ax.bar_label(container, fmt=lambda height: "" if np.isnan(height) else f"{height:.3g}", fontsize="x-small")
+    return ax
 
 
 def lines(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
     """Draw `y` over `x` as lines with markers, a series per provenance (and value of `by`)."""
-    ax, frame, palette = _prepare(frame, x, y, by, ax)
-    if len(frame):
-        look = {"hue": "series", "style": "series", "palette": palette, "markers": True, "dashes": False}
-        sns.lineplot(frame, x=x, y=y, errorbar=None, ax=ax, **look)
-    return _finish(ax, x, y)
+    return _draw(sns.lineplot, frame, x, y, by, ax, style="series", markers=True, dashes=False)
 
 
-def _prepare(frame, x, y, by, ax) -> tuple[plt.Axes, pd.DataFrame, dict]:
-    """Check the columns; add a column `series`, and give each series a shade of its provenance's colour."""
-    missing = {x, y, by or x, "provenance"} - set(frame.columns)
-    if missing:
+def _draw(plot, frame, x, y, by, ax, **look) -> plt.Axes:
+    """Check the columns, then draw with seaborn, each series in a shade of its provenance's colour."""
+    if missing := {x, y, by or x, "provenance"} - set(frame.columns):
         raise ValueError(f"Expected the columns {sorted(missing)}. Got {list(frame.columns)}.")
-    unknown = set(frame["provenance"]) - set(COLOURS)
-    if unknown:
+    if unknown := set(frame["provenance"]) - set(COLOURS):
         raise ValueError(f"Expected a provenance of {list(COLOURS)}. Got {sorted(map(str, unknown))}.")
     series = frame["provenance"] if by is None else frame[by].astype(str) + ", " + frame["provenance"]
     palette = {}
     for provenance, names in series.groupby(frame["provenance"], sort=False):
         shades = sns.light_palette(COLOURS[provenance], names.nunique() + 1, reverse=True)
         palette |= dict(zip(names.unique(), shades, strict=False))
-    return ax or plt.gca(), frame.assign(series=series), palette
-
-
-def _finish(ax: plt.Axes, x: str, y: str) -> plt.Axes:
+    ax = ax or plt.gca()
+    if len(frame):
+        plot(frame.assign(series=series), x=x, y=y, hue="series", palette=palette, errorbar=None, ax=ax, **look)
     ax.set(xlabel=x, ylabel=y)
     if ax.get_legend() is not None:
         ax.get_legend().set_title(None)

@@ -3,41 +3,27 @@
 `run.json` is removed first and written last: where it stands, the set is whole.
 """
 
-import datetime
 import io
 import json
 import platform
-from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-import matplotlib.figure
-import pandas as pd
-
 from nbs_lib import paths
-from nbs_lib.measure.host import commit, cpu_model
+from nbs_lib.measure import host
 from nbs_lib.report.claims import Claims
 
 PACKAGES = ("prunemap", "numpy", "numba", "llvmlite", "torch", "torchvision", "pandas", "onnxruntime")
 
 
-def save(
-    notebook: str,
-    profile: str,
-    figures: Mapping[str, matplotlib.figure.Figure] | None = None,
-    tables: Mapping[str, pd.DataFrame] | None = None,
-    claims: Claims | None = None,
-    parameters: Mapping | None = None,
-    device: str = "host",
-    seed: int | None = None,
-) -> Path:
+def save(notebook, profile, figures=None, tables=None, claims=None, parameters=None, device="host", seed=None) -> Path:
     """Replace `results/<profile>/<notebook>/` and return it.
 
-    The first figure becomes `figure.png` and `.svg`, the first table `table.csv`; further ones carry their name
-    (`figure_<name>.png`, `table_<name>.csv`). `device`: where the numbers come from, in the words of measured rows.
-    Raises ValueError, before anything is written, for claims that are unanswered or another notebook's.
-    """
-    claims = Claims(notebook) if claims is None else claims
+    figures: {name: matplotlib figure}; tables: {name: DataFrame}. The first figure becomes `figure.png` and `.svg`, the
+    first table `table.csv`; further ones carry their name (`figure_<name>.png`, `table_<name>.csv`). claims: `Claims`.
+    parameters: dict of what JSON takes. device: where the numbers come from, in the words of measured rows. Raises
+    ValueError, before anything is written, for claims that are unanswered or another notebook's."""
+    claims = claims or Claims(notebook)
     if claims.notebook != notebook or claims.unanswered():
         missing = f"{claims.notebook} without {claims.unanswered()}"
         raise ValueError(f"Expected every claim of {notebook} answered. Got {missing}.")
@@ -51,8 +37,7 @@ def save(
     for name, stem in table_stems.items():
         files[f"{stem}.csv"] = tables[name].to_csv(index=False)
     run = {"notebook": notebook, "profile": profile, "parameters": dict(parameters or {}), "seed": seed}
-    run |= {"device": device, "cpu": cpu_model(), "commit": commit()}
-    run["utc"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run |= {"device": device, "cpu": host.cpu_model()} | host.stamp()
     installed = sorted((found.name, found.version) for found in distributions() if found.name in PACKAGES)
     run["versions"] = dict([("python", platform.python_version()), *installed])
     files["run.json"] = json.dumps(run | {"figures": figure_stems, "tables": table_stems}, indent=1)
@@ -68,7 +53,7 @@ def save(
     return folder
 
 
-def _stems(kind: str, named: Mapping) -> dict[str, str]:
+def _stems(kind: str, named: dict) -> dict[str, str]:
     """File names without their ending: the first is just the kind."""
     wrong = [name for name in named if not name.replace("-", "_").isidentifier()]
     if wrong:

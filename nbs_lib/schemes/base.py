@@ -62,6 +62,15 @@ def reached(mask: np.ndarray) -> float:
     return np.size(mask) / kept if (kept := np.count_nonzero(mask)) else np.inf
 
 
+def tiles(shape: tuple[int, ...], p: int, q: int, groups: int) -> np.ndarray:
+    """Number, int of `shape`, of the tile of p filters x q channels a weight lies in; they restart at every convolution
+    group, those at the edges are smaller."""
+    conv_group, row = np.divmod(np.arange(shape[0]), per_group := shape[0] // groups)
+    row = conv_group * -(-per_group // p) + row // p
+    ids = row[:, None] * -(-shape[1] // q) + np.arange(shape[1]) // q
+    return np.broadcast_to(ids.T, shape[::-1]).T
+
+
 @dataclass(frozen=True)
 class Scheme(ABC):
     """A pruning regularity. A member sets `name`, defines `groups`, and `units` where groups depend on the values."""

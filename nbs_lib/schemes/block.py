@@ -1,13 +1,10 @@
-"""Block-punched pruning for CONV and block-based pruning for FC (mapping paper 4.1, Fig. 1 f, g).
-
-Blocks of p filters x q input channels restart at every convolution group; those at the edges are smaller.
-"""
+"""Block-punched pruning for CONV and block-based pruning for FC (mapping paper 4.1, Fig. 1 f, g)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from nbs_lib.schemes.base import Scheme, Units
+from nbs_lib.schemes.base import Scheme, Units, tiles
 
 _CHUNK = 1 << 18  # weights whose greedy orders are computed together: about what a cache holds
 
@@ -21,10 +18,7 @@ class _Blocked(Scheme):
         self._check_sizes("p", "q")
 
     def blocks(self, shape, groups=1):
-        conv_group, row = np.divmod(np.arange(shape[0]), per_group := shape[0] // groups)
-        row = conv_group * -(-per_group // self.p) + row // self.p
-        ids = row[:, None] * -(-shape[1] // self.q) + np.arange(shape[1]) // self.q
-        return np.broadcast_to(ids.T, shape[::-1]).T
+        return tiles(shape, self.p, self.q, groups)
 
 
 class BlockPunched(_Blocked):

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from nbs_lib.schemes.base import Scheme, Units
+from nbs_lib.schemes.base import Scheme, Units, tiles
 
 # The 126 ways to keep 4 of 9 weights, as 9-bit numbers: bit 3 * kh + kw is set where the weight is kept.
 CANDIDATES = np.sort([sum(1 << bit for bit in bits) for bits in combinations(range(9), 4)])
@@ -32,7 +32,7 @@ class Pattern(Scheme):
                 raise ValueError(f"Expected {self.n} different 9-bit patterns with 4 bits set. Got {self.patterns}.")
 
     def groups(self, shape, groups=1):
-        return np.broadcast_to(np.arange(shape[0] * shape[1]).reshape(shape[:2]).T, shape[::-1]).T
+        return tiles(shape, 1, 1, groups)
 
     def refuses(self, shape):
         return "" if len(shape) == 4 and shape[2:] == (3, 3) else "pattern prunes 3x3 CONV kernels only"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nbs_lib.schemes.base import Scheme, Units
+from nbs_lib.schemes.base import Scheme, Units, tiles
 
 
 class Unstructured(Scheme):
@@ -24,7 +24,7 @@ class Filter(Scheme):
     name = "filter"
 
     def groups(self, shape, groups=1):
-        return np.broadcast_to(np.arange(shape[0]), shape[::-1]).T
+        return tiles(shape, 1, shape[1], groups)
 
 
 class Channel(Scheme):
@@ -33,5 +33,4 @@ class Channel(Scheme):
     name = "channel"
 
     def groups(self, shape, groups=1):
-        ids = np.arange(shape[0])[:, None] // (shape[0] // groups) * shape[1] + np.arange(shape[1])
-        return np.broadcast_to(ids.T, shape[::-1]).T
+        return tiles(shape, shape[0] // groups, 1, groups)
