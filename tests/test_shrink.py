@@ -383,13 +383,11 @@ def test_compiled_networks():
     spec, row = net.graph["models.chain.3"], table.loc["models.chain.3"]
     assert (spec.P, spec.Q) == (32, 24) and row.nnz == spec.nnz == 24 * 12 * 9 and row.rate == spec.rate
     assert row.macs == 32 * 24 * 9 * 63 * 2 and row.effective_macs == row.computed_macs == 24 * 12 * 9 * 63 * 2
-    assert (
-        row.removed_macs == 0 and row.chosen == "dense" and row.why == "24 of 32 filters, 12 of 24 channels; no zeros"
-    )
+    assert (row.removed_macs, row.why) == (0, "24 of 32 filters, 12 of 24 channels; no zeros")
     assert table.loc["models.chain.0", "removed_macs"] == 12 * 3 * 9 * 63 * 2
     assert table.loc["models.chain.5", "removed_macs"] == 8 * 8 * 63 * 2
     assert table[table.index.str.contains("whole")].removed_macs.eq(0).all()
     assert net.effective_macs == table.effective_macs.sum() and net.macs == table.macs.sum()
     assert net.bytes["packed"] < net.bytes["dense"] and "fma(" in net.source("models.chain.3")
     frame = net.profile(torch.randn(X), runs=2)
-    assert frame.removed_macs.equals(net.explain().removed_macs) and (frame.ms >= 0).all()
+    assert frame.removed_macs.sum() == net.explain().removed_macs.sum() > 0 and (frame.ms >= 0).all()

@@ -87,7 +87,7 @@ def profile(net, inputs: tuple, runs: int) -> pd.DataFrame:
     far = [sum(4 * v.floats for v in (*s.reads, *s.writes) if 4 * v.floats > FAR) for s in steps] + weights.where(
         weights > FAR, 0
     )
-    frame["share_of_peak"] = frame["effective_macs"] / frame["ms"] / 1e6 / (_peak() * net.threads)
+    frame["share_of_peak"] = (frame["effective_macs"] - frame["removed_macs"]) / frame["ms"] / 1e6 / (_peak() * net.threads)
     frame["gbytes_s"] = (weights + frame["activation_bytes"]) / frame["ms"] / 1e6
     compute_ms, memory_ms = frame["computed_macs"] / 1e6 / (_peak() * net.threads), far / 1e6 / _bandwidth()
     limit = np.where(memory_ms > compute_ms, "memory", "multiply-adds")

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from nbs_lib.compiler.fuse import ACTIVATIONS, TINY
+from nbs_lib.compiler.plan import POOLS
 from nbs_lib.layers import Graph, Node
-
-POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "global_avg")
 
 
 def shrink(graph: Graph) -> Graph:
@@ -32,18 +31,17 @@ class _Channels:
     """What is known of the channels (axis 1) of all values of 2 or 4 dimensions, by the value's name."""
 
     def __init__(self, graph: Graph):
-        self.layers, self.shapes = graph.layers, {node.name: node.shape for node in graph.nodes}
+        self.graph, self.shapes = graph, {node.name: node.shape for node in graph.nodes}
         sizes = {name: s[1] for name, s in self.shapes.items() if len(s or ()) in (2, 4) and 0 not in s}
         self.known = {name: np.full(size, np.nan, np.float32) for name, size in sizes.items()}  # held everywhere
         self.used, self.bias = {}, {}  # by layer's node: kernels that count, bool (groups, filters, channels); the bias
-        self.parts = {}  # by node: (input, its channels, the result's channels that come from them)
-        self.joints = []  # (value, its channels, value, its channels): kept or dropped together
+        self.joints = {}  # by node: (value, its channels, value, its channels) that are kept or dropped together
         fixed = {*graph.inputs, *graph.outputs}
         for node in graph.nodes:
             if not all(name in sizes for name in (node.name, *node.inputs)) or not self._follow(node):
                 fixed |= {node.name, *node.inputs}
         self.kept = {name: np.full(size, name in fixed) for name, size in sizes.items()}
-        self._read(graph)
+        self._read()
         for name in sizes.keys() - fixed:
             self.kept[name] &= self.known[name] != 0
         self._settle()
@@ -72,8 +70,7 @@ class _Channels:
             self.known[name] = _value(node, known)
         else:
             return False
-        self.parts[name] = parts
-        self.joints += [(source, theirs, name, ours) for source, theirs, ours in parts]
+        self.joints[name] = [(source, theirs, name, ours) for source, theirs, ours in parts]
         return True
 
     def _layer(self, node: Node) -> bool:
@@ -81,7 +78,7 @@ class _Channels:
 
         Behind zero padding that number must be 0, for at the border a kernel sees less of it.
         """
-        layer, (source,) = self.layers[node.layer], node.inputs
+        layer, (source,) = self.graph.layers[node.layer], node.inputs
         if layer.calls > 1 or len(node.shape) != (2 if layer.kind == "linear" else 4):
             return False
         weight = layer.weight.reshape(layer.groups, -1, layer.Q, layer.Kh * layer.Kw)
@@ -96,30 +93,30 @@ class _Channels:
         self.used[node.name], self.bias[node.name] = used, bias.ravel().astype(np.float32)
         self.known[node.name] = np.where(used.any(2).ravel(), np.float32(np.nan), self.bias[node.name])
         if layer.groups > 1:  # a group goes as a whole: its inputs and filters follow its first input
-            for name, size in ((source, layer.Q), (node.name, layer.P // layer.groups)):
-                every = np.arange(layer.groups * size)
-                self.joints.append((source, every // size * layer.Q, name, every))
+            every = [(source, layer.Q, np.arange(known.size)), (node.name, used.shape[1], np.arange(layer.P))]
+            self.joints[node.name] = [(source, at // size * layer.Q, name, at) for name, size, at in every]
         return True
 
-    def _read(self, graph: Graph) -> None:
+    def _read(self) -> None:
         """From the outputs back, mark in `kept` what is read by anything that is read itself and varies.
 
         What holds one number needs no input: it is made of what does too, of zero times anything, or of a bias.
         """
-        for node in reversed([node for node in graph.nodes if node.name in self.kept]):
+        for node in reversed([node for node in self.graph.nodes if node.name in self.kept]):
             live = self.kept[node.name] & np.isnan(self.known[node.name])
             if node.name in self.used:
                 used = self.used[node.name]
                 used &= live.reshape(used.shape[:2])[..., None]
                 self.kept[node.inputs[0]] |= used.any(1).ravel()
-            for source, theirs, ours in self.parts.get(node.name, ()):
+                continue
+            for source, theirs, _, ours in self.joints.get(node.name, ()):
                 self.kept[source][theirs[live[ours]]] = True
 
     def _settle(self) -> None:
         """Where one member of a joint stays, let all stay."""
-        total = -1
+        joints, total = sum(self.joints.values(), []), -1
         while total != (total := sum(kept.sum() for kept in self.kept.values())):
-            for a, i, b, j in (*self.joints, *reversed(self.joints)):
+            for a, i, b, j in joints + joints[::-1]:
                 either = self.kept[a][i] | self.kept[b][j]
                 self.kept[a][i[either]] = self.kept[b][j[either]] = True
 
@@ -132,7 +129,8 @@ class _Channels:
         if node.op == "affine":  # the only operator that PyTorch may run and that has channels bound in its call
             attrs = {key: attrs[key][P] for key in ("scale", "shift")}
             sizes = (-1, *[1] * (len(node.shape) - 2))
-            call = partial(_affine, *(torch.from_numpy(value).reshape(sizes) for value in attrs.values()))
+            scale, shift = (torch.from_numpy(value).reshape(sizes) for value in attrs.values())
+            call = partial(torch.addcmul, shift, tensor2=scale)
         elif node.name in self.used:
             old = layers[node.layer]
             Q = np.flatnonzero(kept[1]) if old.groups == 1 else np.arange(old.Q)
@@ -143,10 +141,6 @@ class _Channels:
             layers[node.layer] = replace(old, **sizes, weight=weight, bias=self.bias[node.name][P])
             macs = macs * weight.size // old.params
         return replace(node, attrs=attrs, call=call, macs=macs, shape=(node.shape[0], len(P), *node.shape[2:]))
-
-
-def _affine(scale: torch.Tensor, shift: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x * scale + shift
 
 
 def _value(node: Node, known: list[np.ndarray]) -> np.ndarray:
