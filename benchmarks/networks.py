@@ -1,18 +1,30 @@
 """Whole networks, pruned at the papers' rates, against dense engines on the same architecture, alternating in one run.
 
-    python benchmarks/networks.py                                  # all four, one thread, against both dense engines
+    python benchmarks/networks.py                                  # all four, one thread, against PyTorch, ONNX Runtime
     python benchmarks/networks.py --networks resnet18 --threads 2  # and our two threads against our one
     python benchmarks/networks.py --mapping paper                  # the papers' rate and their remaining MACs
+    python benchmarks/networks.py --engines ncnn mnn openvino deepsparse  # and these, each in a process of its own
 
 Random weights: latency does not need trained ones. Prints one row per engine: median ms, the ratio to ours with its
 bootstrap interval, the reached CONV-weight rate (void if more than 3 % above nominal), MACs through PyTorch, and the
-share of the FMA peak probed in the same run.
+share of the FMA peak probed in the same run. Then a line per network: the fastest dense peer over ours.
+
+--engines: engines of `engines.py`, each on its first use installed into an environment of its own (that needs a package
+index; afterwards nothing does). All run the dense network; DeepSparse also the pruned one, the row "deepsparse,
+pruned". Their times are what their process took around its own calls; `idle_ms` is the CPU time that it burnt after
+each sample, while others ran. An engine that cannot be installed, crashes, hangs or differs from PyTorch by more than
+1e-3 of the largest output leaves a row with its `error`. --peers: those within this process; `--peers` alone: none.
+--rounds: one sample per engine each. --csv FILE: also write the rows there.
 """
 
 import argparse
+import contextlib
+import functools
 
+import numpy as np
 import pandas as pd
 import torch
+from engines import REQUIREMENTS, EngineFailed, Worker, alternate, export, here
 
 import nbs_lib as nbs
 from nbs_lib import clock
@@ -31,41 +43,80 @@ def mapping_of(graph: nbs.Graph, name: str, kind: str) -> nbs.Mapping:
     return nbs.paper_mapping(graph, rate, macs, conv=nbs.BlockPunched(8, 4))
 
 
-def run(name: str, kind: str, threads: int, rounds: int, peers: list[str]) -> pd.DataFrame:
+def output(model: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return model(x).numpy()
+
+
+def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engines: list[str]) -> pd.DataFrame:
     torch.manual_seed(0)
     model, x = build(name).eval(), torch.randn(1, 3, 224, 224)
-    with clock.pin(threads):
-        contenders = {peer: PEERS[peer](model, x, threads) for peer in peers}
-        mapping = mapping_of(nbs.trace(model, x), name, kind)
+    array, mapping = x.numpy(), mapping_of(nbs.trace(model, x), name, kind)
+    samplers, workers, versions, errors = {}, {}, {}, {}
+    with clock.pin(threads), contextlib.ExitStack() as closing:
+        for peer in peers:
+            dense = PEERS[peer](model, x, threads)
+            versions[peer], samplers[peer] = dense.version, here(functools.partial(dense, array))
+
+        def start(label: str, engine: str, onnx: bytes, wanted: np.ndarray) -> None:
+            try:
+                worker = Worker(engine, onnx, array, wanted, threads)
+                closing.callback(worker.close)
+                workers[label], versions[label], samplers[label] = worker, worker.version, worker.sample
+            except EngineFailed as error:
+                errors[label] = str(error)
+
+        onnx = export(model, x) if engines else b""
+        for label in engines:
+            start(label, label, onnx, output(model, x))
         nbs.prune(model, mapping)
+        if "deepsparse" in engines:
+            start("deepsparse, pruned", "deepsparse", export(model, x), output(model, x))
         net = nbs.compile(model, x, threads=threads, mapping=mapping)
-        with torch.no_grad():
-            error = float((net(x) - model(x)).abs().max() / model(x).abs().max())
+        wanted = output(model, x)
+        error = float(np.abs(net(array) - wanted).max() / np.abs(wanted).max())
         if error > 1e-4:
             raise SystemExit(f"{name}: outputs differ by {error:.1e} of the largest. Nothing was timed.")
-        contenders["ours"] = net
+        samplers["ours"] = here(functools.partial(net, array))
         if threads > 1:
-            contenders["ours, 1 thread"] = nbs.compile(model, x, threads=1, mapping=mapping)
+            single = nbs.compile(model, x, threads=1, mapping=mapping)
+            samplers["ours, 1 thread"] = here(functools.partial(single, array))
         peak = peak_gmacs()
-        array = x.numpy()
-        comparison = clock.alternate(
-            {label: (lambda f=f: f(array)) for label, f in contenders.items()}, rounds=rounds, min_sample_ms=0
-        )
+        comparison, failed = alternate(samplers, rounds)
         peak = max(peak, peak_gmacs())
     conv = [layer for layer in net.graph.layers.values() if layer.kind != "linear"]
     reached = sum(layer.params for layer in conv) / sum(layer.nnz for layer in conv)
     rows = []
     for label, timing in comparison.timings.items():
         ratio, low, high = comparison.ratio(label, "ours")
-        row = {"network": name, "engine": label, "threads": 1 if "1 thread" in label else threads, "mapping": kind}
+        row = {"network": name, "engine": label, "version": versions.get(label, nbs.__version__)}
+        row |= {"threads": 1 if "1 thread" in label else threads, "mapping": kind}
         row |= {"median_ms": timing.median_ms, "mad_ms": timing.mad_ms, "over_ours": ratio, "low": low, "high": high}
+        if label in workers:
+            row["idle_ms"] = workers[label].idle_ms / (rounds + 1)
         if label == "ours":
             row |= {"rate": RATES[name] if kind == "uniform" else REMAINING[name][0], "reached": reached}
             row |= {"effective_mmacs": net.effective_macs / 1e6, "fallback_macs": net.fallback_macs}
             row |= {"share_of_peak": net.effective_macs / timing.median_ms / 1e6 / (peak * threads)}
             row |= {"kernels": net.functions}
         rows.append(row)
+    for label, text in (errors | failed).items():
+        rows.append({"network": name, "engine": label, "threads": threads, "mapping": kind, "error": text})
     return pd.DataFrame(rows)
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """One network's rows in one line: the fastest dense peer and DeepSparse on the pruned weights, over ours."""
+    rows = table.dropna(subset="median_ms").set_index("engine")
+    dense = rows.drop(["ours", "ours, 1 thread", "deepsparse, pruned"], errors="ignore")
+    ahead = {"fastest dense peer": dense["median_ms"].idxmin()} if len(dense) else {}
+    ahead |= {"on our weights": "deepsparse, pruned"} if "deepsparse, pruned" in rows.index else {}
+    parts = [
+        f"{what}: {label} {rows.median_ms[label]:.4g} ms, {rows.over_ours[label]:.2f} times ours "
+        f"[{rows.low[label]:.2f}, {rows.high[label]:.2f}]"
+        for what, label in ahead.items()
+    ]
+    return "; ".join([f"{table.network[0]}: ours {rows.median_ms['ours']:.4g} ms", *parts])
 
 
 def main() -> None:
@@ -75,6 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--engines", nargs="*", default=[], choices=list(REQUIREMENTS), help="in their own processes")
     parser.add_argument("--csv", help="also write the rows there")
     args = parser.parse_args()
     pd.set_option("display.width", 220, "display.max_columns", 30)
@@ -84,8 +136,9 @@ def main() -> None:
     if unknown:
         parser.error(f"the papers state remaining MACs for {', '.join(known)} only, not for {', '.join(unknown)}")
     for name in args.networks or known:
-        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers))
-        print(tables[-1].round(3).to_string(index=False, na_rep=""), flush=True)
+        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers, args.engines))
+        print(tables[-1].round(3).to_string(index=False, na_rep=""))
+        print(verdict(tables[-1]) + "\n", flush=True)
     if args.csv:
         pd.concat(tables).to_csv(args.csv, index=False)
 

@@ -6,9 +6,11 @@ import gc
 import os
 import signal
 import threading
+import time
 import weakref
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,10 @@ from nbs_lib.compiler import compile
 from nbs_lib.schemes import Block, BlockPunched, Channel, Filter, Pattern, Unstructured
 
 EXPLAIN = [
-    "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "computed_macs", "weight_bytes",
-    "activation_bytes", "kernel", "tile", "chosen", "why",
+    "step", "layer", "op", "scheme", "rate", "nnz", "macs", "effective_macs", "removed_macs", "computed_macs",
+    "weight_bytes", "activation_bytes", "kernel", "tile", "dense_ms", "sparse_ms", "timed", "chosen", "why",
 ]  # fmt: skip
+PROFILE = [*EXPLAIN, "ms", "share_of_peak", "gbytes_s", "bound"]
 
 
 @pytest.fixture(autouse=True)
@@ -251,11 +254,12 @@ def test_pools():
 
 
 def test_images_beyond_the_caches():
-    """Large inputs take kernels that prefetch, with short lists of columns and with long ones."""
+    """Large inputs take kernels that prefetch: the next tile with short lists of columns, columns with long ones."""
     short = conv(16, 9, 1)
     long = nn.Sequential(conv(16, 64, 3, 2, bias=False), nn.ReLU(), conv(64, 8, 3, padding=1))
-    net = agrees(Branches(short=short, long=long), torch.randn(1, 16, 263, 261))
-    assert steps(net, "conv2d").kernel.str.contains("_ahead").all()
+    net = agrees(Branches(short=short, long=long), torch.randn(1, 16, 263, 261), tuning=False)
+    kernels = steps(net, "conv2d").set_index("layer").kernel
+    assert all(kernel.endswith("_columns" if "long" in layer else "_tile") for layer, kernel in kernels.items())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 9])
@@ -339,7 +343,7 @@ def test_unknown_operators_run_through_pytorch():
         after = nn.Sequential(conv(channels, 2, 3), nn.ReLU())
         models[name] = nn.Sequential(conv(3, 4, 1), Lambda(function), after)
     net = agrees(Branches(**models), torch.randn(2, 3, 5, 7))
-    table = net.explain().query("path == 'torch'")
+    table = net.explain().query("chosen == 'torch'")
     assert {layer.split(".")[1] for layer in table.layer} == set(UNKNOWN)
     assert table.why.str.contains("no kernel").all()
     assert net.fallback_macs == 0 and len(steps(net, "conv2d")) == 2 * len(UNKNOWN)
@@ -349,7 +353,7 @@ def test_products_of_values_are_counted_as_fallback():
     model = Lambda(lambda x, a: a(x).flatten(2) @ a(x).flatten(2).transpose(1, 2), conv(3, 4, 1))
     net = agrees(model, torch.randn(2, 3, 5, 6))
     assert net.fallback_macs == 2 * 4 * 4 * 30
-    assert net.fallback_macs == net.explain().query("path == 'torch'").macs.sum()
+    assert net.fallback_macs == net.explain().query("chosen == 'torch'").macs.sum()
     assert agrees(nn.ConvTranspose2d(3, 4, 2), torch.randn(1, 3, 5, 6)).fallback_macs > 0
 
 
@@ -791,12 +795,63 @@ def test_explain(small):
     assert net.effective_macs == table.effective_macs.sum() and net.fallback_macs == 0
 
 
+def test_explain_says_what_both_kernels_would_take():
+    """The cost model's ms where convolutions have a choice: the chosen one is the faster, in proportion to its work."""
+    pruned = conv(16, 24, 3, padding=1)
+    nbs.prune(pruned, nbs.uniform_mapping(nbs.trace(pruned, torch.randn(1, 16, 9, 9)), 8))
+    models = {"pruned": pruned, "dense": conv(16, 24, 3, padding=1), "depthwise": conv(16, 16, 3, groups=16)}
+    models |= {"pool": nn.MaxPool2d(2), "unknown": nn.Sigmoid()}
+    table = compile(Branches(**models), torch.randn(2, 16, 9, 9), tuning=False).explain()
+    choices = table[table.tile.ne("") & table.op.eq("conv2d") & ~table.layer.str.contains("depthwise")]
+    assert choices.chosen.tolist() == ["sparse", "dense"] and not table.timed.any() and table.timed.dtype == bool
+    assert (choices[["dense_ms", "sparse_ms"]] > 0).all(axis=None)
+    assert np.isfinite(choices[["dense_ms", "sparse_ms"]]).all(axis=None)
+    (sparse, dense), ratio = choices.itertuples(), choices.dense_ms / choices.sparse_ms
+    assert sparse.sparse_ms < sparse.dense_ms == dense.dense_ms and ratio.iloc[1] == pytest.approx(1)
+    assert 2 < ratio.iloc[0] <= 9  # a ninth of the weights, and the same stores
+    rest = table.drop(choices.index)
+    assert len(rest) and rest[["dense_ms", "sparse_ms"]].isna().all(axis=None)
+
+
 def test_profile(small):
     """One time per compiled step beside what explain() says; measuring changes nothing."""
     _, x, net = small
     before, table = net(x), net.profile(x, runs=2)
-    assert table.columns.tolist() == [*EXPLAIN, "ms"] and table[EXPLAIN].equals(net.explain())
-    assert (table.ms >= 0).all() and torch.equal(net(x), before)
+    assert table.columns.tolist() == PROFILE and torch.equal(net(x), before)
+    measured = table.iloc[:-1]
+    pandas.testing.assert_frame_equal(measured[EXPLAIN], net.explain())
+    assert (measured.ms > 0).all() and (measured.gbytes_s > 0).all()
+    assert measured.share_of_peak.between(0, 1.5).all() and set(measured.bound) <= {"multiply-adds", "memory", "caches"}
+    assert (measured.share_of_peak > 0).eq(measured.effective_macs > 0).all()
+
+
+def test_profile_of_a_call_beside_its_steps(small):
+    """The last row: what Python takes. It has no layer, no kernel, no work."""
+    *_, net = small
+    call = net.profile(*net.example_inputs, runs=3).iloc[-1]
+    assert (call.step, call.op, call.chosen) == (len(net.steps), "call", "python") and call.ms > 0
+    assert [call[name] for name in ("layer", "scheme", "kernel", "tile", "why", "bound")] == [""] * 6
+    assert call.nnz == call.macs == call.computed_macs == call.weight_bytes == call.timed == 0
+
+
+@pytest.mark.parametrize("runs", [1, 2, 9])
+def test_profile_adds_up(runs, monkeypatch):
+    """The rows add up to what whole calls took, by the same clock; a first call, however slow, does not count."""
+    model = Lambda(lambda x, a, b: b(torch.erf(a(x))), conv(16, 48, 3, padding=1), conv(48, 24, 3, padding=1))
+    x, took, called = torch.randn(2, 16, 56, 57), [], nbs.Network.__call__
+    net = compile(model, x)
+
+    def call(net, *inputs):
+        begin = time.perf_counter()
+        if not took:
+            time.sleep(0.3)
+        out = called(net, *inputs)
+        took.append(1e3 * (time.perf_counter() - begin))
+        return out
+
+    monkeypatch.setattr(nbs.Network, "__call__", call)
+    frame = net.profile(x, runs=runs)
+    assert len(took) == runs + 1 and frame.ms.sum() == pytest.approx(np.median(took[1:]), rel=0.2)
 
 
 def test_bytes(small):
@@ -808,6 +863,26 @@ def test_bytes(small):
     pruned = scramble(Small())
     nbs.prune(pruned, nbs.uniform_mapping(net.graph, 8))
     assert compile(pruned, net.example_inputs).bytes["packed"] < 0.6 * dense
+
+
+PACKED = {  # fully connected ones that no near cache holds: they are bound by their bytes
+    "conv3x3": (conv(64, 128, 3, padding=1, bias=False), BlockPunched(8, 4), 1.1),
+    "conv1x1": (conv(96, 61, 1, bias=False), BlockPunched(8, 4), 1.1),
+    "linear": (nn.Linear(1024, 1000, bias=False), Block(8, 4), 1.3),
+    "linear odd": (nn.Linear(2048, 515, bias=False), Block(8, 4), 1.3),
+}
+
+
+@pytest.mark.parametrize(("layer", "scheme", "bound"), PACKED.values(), ids=PACKED)
+def test_packed_bytes_are_those_of_the_kept_weights(layer, scheme, bound):
+    """At 8x; the zeros that are stored beside them are few, and index arrays are counted apart."""
+    layer.weight.data.normal_()
+    layer.weight.data *= torch.from_numpy(scheme.project(layer.weight.data.numpy(), 8))
+    kept = torch.count_nonzero(layer.weight).item()
+    assert kept == pytest.approx(layer.weight.numel() / 8, rel=0.03)
+    x = torch.randn(1, layer.weight.shape[1], *((9, 7) if layer.weight.ndim == 4 else ()))
+    size = agrees(layer, x, tuning=False).bytes
+    assert 4 * kept <= size["packed"] <= bound * 4 * kept and 0 < size["index"] <= size["packed"]
 
 
 def test_source(small):
@@ -848,8 +923,9 @@ def test_profile_gives_pytorch_no_time_of_ours():
     model = Lambda(lambda x, a, b: b(torch.erf(torch.erf(a(x)))), conv(3, 4, 1), conv(4, 5, 1))
     net = compile(model, torch.randn(1, 3, 8, 8))
     frame = net.profile(torch.randn(1, 3, 8, 8), runs=5)
-    assert list(frame.columns)[-1] == "ms" and frame.loc[frame["chosen"] == "torch", "ms"].isna().all()
-    assert (frame.loc[frame["chosen"] != "torch", "ms"] > 0).all()
+    through_torch = frame["chosen"] == "torch"
+    assert frame.loc[through_torch, "ms"].isna().all() and (frame.loc[through_torch, "bound"] == "PyTorch").all()
+    assert through_torch.sum() == 2 and (frame.loc[~through_torch, "ms"] > 0).all()
 
 
 def test_a_forked_child_has_threads_of_its_own():

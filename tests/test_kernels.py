@@ -11,17 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from naive import Branches, Lambda, adaptive_average, agrees, conv2d, linear, pool2d, unpack
+from naive import Branches, Lambda, adaptive_average, agrees, conv2d, linear, pool2d, same, unpack
 from torch import nn
 
-from nbs_lib.compiler import compile
+from nbs_lib.compiler import Network, compile, emit
 from nbs_lib.compiler.layout import Flat, Planar, place
-from nbs_lib.compiler.packing import TILES, cut, group_filters, pack, share
+from nbs_lib.compiler.packing import TILES, cut, group_filters, pack, pack_filters, pack_neighbours, share
+from nbs_lib.compiler.record import Fixed
 from nbs_lib.compiler.schedule import balanced
+from nbs_lib.compiler.steps import Tiling
+from nbs_lib.compiler.tuning import GENES
 from nbs_lib.kernels import conv, copy, depthwise, epilogue, jit, pool, vector
 from nbs_lib.kernels import linear as linear_kernels
+from nbs_lib.layers import trace
 
 PIXELS = (1, 7, 8, 9, 15, 16, 17, 31, 33)
 FILTERS = (*range(1, 10), 13, 17)
@@ -94,6 +99,83 @@ def test_general_convolutions():
         close(outputs[name], conv2d(*arguments, layer.stride, (v, v, h, h), layer.dilation, groups))
 
 
+class Odd(nn.Module):
+    """Convolutions of every kind onto images of 9 x 11, 18 filters each, all ending in a sum and a ReLU.
+
+    A filter has the kept weights of eight neighbours, or (the ninth of each group) all of its own.
+    """
+
+    WINDOWS = {
+        "plain": dict(kernel_size=3, padding=1),
+        "dilated": dict(kernel_size=3, padding=2, dilation=2, groups=2),
+        "strided": dict(kernel_size=(2, 3), stride=2, padding=(0, 1)),
+    }
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.layers = nn.ModuleDict({name: nn.Conv2d(18, 18, **window) for name, window in self.WINDOWS.items()})
+        for layer in self.layers.values():
+            kept = (torch.rand(4, *layer.weight.shape[1:]) < 0.3)[[0] * 8 + [1] + [2] * 8 + [3]]
+            kept[8], kept[17, ::2] = True, False
+            layer.weight.data *= kept
+
+    def forward(self, x, large):
+        return {name: torch.relu(f(large if name == "strided" else x) + x) for name, f in self.layers.items()}
+
+
+@pytest.fixture(scope="module")
+def odd():
+    """(graph, inputs, outputs) of two images: what every tiling must compute."""
+    model, inputs = Odd().eval(), (torch.randn(2, 18, 9, 11), torch.randn(2, 18, 18, 21))
+    with torch.no_grad():
+        return trace(model, inputs), inputs, model(*inputs)
+
+
+def tiled(odd, tiling: Tiling, threads: int) -> Network:
+    """The network that computes all convolutions by `tiling`; compared with PyTorch, twice."""
+    graph, inputs, wants = odd
+    net = Network(graph, inputs, threads, record=Fixed(tiling))
+    same(net(*inputs), wants)
+    same(net(*inputs), wants)
+    return net
+
+
+def tiling(number: int) -> Tiling:
+    """A sample in which all values of all fields come up, and most pairs of those that change the source."""
+    turns = {"rows": number, "fetch": number + number // 4, "unroll": number + number // 3}
+    turns |= {"vectors": 5 * number, "block": number // 2, "split": number // 2}
+    chosen = {name: GENES[name][turn % len(GENES[name])] for name, turn in turns.items()}
+    chosen["vectors"] = min(chosen["vectors"], TILES[chosen["rows"]])
+    return Tiling(**chosen, dense=(False, None, False, True)[number // 3 % 4])
+
+
+SAMPLE = [tiling(number) for number in range(12)]
+
+
+@pytest.mark.parametrize("tiling", SAMPLE, ids=str)
+def test_every_tiling_gives_the_same(tiling, odd):
+    for threads in (1, 2):
+        net = tiled(odd, tiling, threads)
+    convolutions = [step for step in net.steps if step.tiling is not None]
+    ends = ("_" + tiling.fetch if tiling.fetch else "add_relu") + (f"_u{tiling.unroll}" if tiling.unroll > 1 else "")
+    assert len(convolutions) == 3 and all(step.kernel.endswith(ends) for step in convolutions)
+    tiles = [tuple(map(int, tile.split("x"))) for step in convolutions for tile in step.tile.split()]
+    assert max(vectors for _, vectors in tiles) <= tiling.vectors
+    assert tiling.dense or max(rows for rows, _ in tiles) == tiling.rows
+    assert {step.chosen for step in convolutions} == {"dense" if tiling.dense else "sparse"}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([None, 1, 2, 3, 5, 64]), st.sampled_from([None, "tiles", "groups"]), st.booleans(),
+    st.integers(1, 4), st.sampled_from([2, 16]),
+)  # fmt: skip
+def test_blocks_and_threads_give_the_same(odd, block, split, dense, threads, vectors):
+    """However tiles are blocked, cut and shared: none is missed, none is computed twice."""
+    tiled(odd, Tiling(vectors=vectors, block=block, fetch="", split=split, dense=dense), threads)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_linear_tiles(batch):
     torch.manual_seed(2)
@@ -109,6 +191,87 @@ def test_linear_tiles(batch):
     outputs = compile(Lambda(forward, layers), tuple(inputs.values()))(*inputs.values())
     for name, layer in layers.items():
         close(outputs[name], linear(*numpy(inputs[layer.in_features], layer.weight, layer.bias)))
+
+
+EPILOGUES = {
+    "none": nn.Identity(), "relu": nn.ReLU(), "clamp": nn.ReLU6(), "hardswish": nn.Hardswish(),
+    "hardsigmoid": nn.Hardsigmoid(),
+}  # fmt: skip
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """Every linear layer that can be gathered is."""
+    monkeypatch.setattr(emit, "linear_cost", lambda packed, own: 0.0 if own else 1.0)
+
+
+def uneven(layer: nn.Linear) -> nn.Linear:
+    """Filters with all, some, one and none of their weights; at least half are zeros, the last column counts."""
+    counts = [0, 1, 2, layer.in_features // 3, layer.in_features // 2]
+    kept = torch.zeros_like(layer.weight)
+    for number, row in enumerate(kept):
+        row[torch.randperm(len(row))[: counts[number % len(counts)]]] = 1
+        row[-1] = number % 3 == 0
+    layer.weight.data *= kept
+    return layer
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gathered_linear_layers(batch, threads, gathering):
+    """Filters with column lists of their own: as many as divide by no register, from one column to many."""
+    torch.manual_seed(6)
+    inputs = {size: torch.randn(batch, size) for size in (2, 5, 17, 64, 131)}
+    layers = nn.ModuleDict({f"{q} {p}": uneven(nn.Linear(q, p, bias=p % 2 == 1)) for q in inputs for p in FILTERS})
+    layers["5 9 full"], layers["1 33"] = nn.Linear(5, 9), nn.Linear(1, 33)
+    layers["1 33"].weight.data[::2] = 0
+    inputs[1] = torch.randn(batch, 1)
+    layers["17 16 empty"] = nn.Linear(17, 16)
+    layers["17 16 empty"].weight.data[:, 1:], layers["17 16 empty"].weight.data[:3] = 0, 0
+
+    def forward(*values):
+        by_size = dict(zip(inputs, values, strict=False))
+        return {name: layer(by_size[layer.in_features]) for name, layer in layers.items()}
+
+    net = compile(Lambda(forward, layers), tuple(inputs.values()), threads=threads)
+    kernels = net.explain().query("op == 'linear'").set_index("layer").kernel
+    density = {name: layer.weight.count_nonzero() / layer.weight.numel() for name, layer in layers.items()}
+    assert sum(value <= 0.5 for value in density.values()) > 50
+    for name, value in density.items():
+        gathered = kernels[f"modules_called.0.{name}"] == f"gathered_{jit.width()}_linear"
+        assert gathered if value <= 0.5 else not gathered or value < 1, name
+    for _ in range(2):
+        outputs = net(*inputs.values())
+        for name, layer in layers.items():
+            close(outputs[name], linear(*numpy(inputs[layer.in_features], layer.weight, layer.bias)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gathered_linear_layers_end_in_any_way(threads, gathering):
+    """Activations and a sum before, between or after them; several rows, and positions as rows."""
+    torch.manual_seed(6)
+    models = {}
+    for name, activation in EPILOGUES.items():
+        models[name] = nn.Sequential(uneven(nn.Linear(37, 21)), activation)
+        models[f"sum {name}"] = Lambda(lambda x, f, g: g(f(x) + x), uneven(nn.Linear(37, 37)), activation)
+    models["swish, sum"] = Lambda(lambda x, f: F.hardswish(f(x)) + x, uneven(nn.Linear(37, 37)))
+    models["deep"] = nn.Sequential(uneven(nn.Linear(37, 50)), nn.ReLU(), uneven(nn.Linear(50, 19)))
+    for x in (torch.randn(1, 37), torch.randn(2, 3, 37)):
+        net = agrees(Branches(**models), x, threads=threads)
+        assert net.explain().query("op == 'linear'").kernel.str.startswith("gathered").all()
+
+
+def test_columns_that_uint16_cannot_count(gathering):
+    """65,536 columns are gathered, one more is not."""
+    torch.manual_seed(6)
+    models = {}
+    for size in (2**16, 2**16 + 1):
+        models[f"{size}"] = nn.Linear(size, 3)
+        models[f"{size}"].weight.data[:, 5:-2] = 0
+    model = Lambda(lambda *x: [f(value) for f, value in zip(x[2:], x[:2], strict=True)], *models.values())
+    inputs = [torch.randn(2, layer.in_features) for layer in models.values()]
+    kernels = agrees(model, *inputs).explain().query("op == 'linear'").kernel.tolist()
+    assert [kernel.split("_")[0] for kernel in kernels] == ["gathered", "linear"]
 
 
 def test_pools():
@@ -173,11 +336,25 @@ def test_vector_widths(forced_width):
     assert f"mask + position + {4 * forced_width}" in net.source("models.a.0")
 
 
+@pytest.mark.parametrize("forced_width", [4, 8, 16], indirect=True)
+def test_tilings_of_every_vector_width(forced_width, odd):
+    for number in (5, 10):
+        tiled(odd, SAMPLE[number], threads=2)
+
+
+@pytest.mark.parametrize("forced_width", [4, 8, 16], indirect=True)
+def test_gathering_of_every_vector_width(forced_width, gathering):
+    torch.manual_seed(6)
+    models = {"plain": uneven(nn.Linear(37, 21)), "sum": Lambda(lambda x, f: f(x) + x, uneven(nn.Linear(37, 37)))}
+    net = agrees(Branches(**models), torch.randn(3, 37))
+    assert net.explain().query("op == 'linear'").kernel.str.startswith(f"gathered_{forced_width}_").all()
+
+
 def test_wrong_requests(monkeypatch):
     with pytest.raises(ValueError, match="epilogue words"):
         epilogue.constants(("swish",))
     with pytest.raises(ValueError, match="at most one add"):
-        conv.source(8, 1, ("add", "add"), False, 64)
+        conv.source(8, 1, ("add", "add"), "", 1, 64)
     with pytest.raises(ValueError, match="stride 1 or 2"):
         depthwise.kernel(3, 3, 1, 3, 1, ())
     with pytest.raises(ValueError, match="Expected the fields"):
@@ -208,13 +385,51 @@ def masks():
 
 @pytest.mark.parametrize("kept", [*masks()], ids=lambda kept: f"{kept.shape[0]}x{kept.shape[1]}")
 def test_packing_is_exact(kept):
+    """With groups of up to any size, sparse or dense; what is chosen is what the model finds cheaper."""
     matrix = np.where(kept, np.random.default_rng(1).standard_normal(kept.shape), 0).astype(np.float32)
-    segments = pack(matrix)
-    rebuilt, seen = unpack(segments, matrix.shape)
-    assert np.array_equal(rebuilt, matrix) and (seen == 1).all()
-    assert all(segment.rows in TILES and len(segment.begins) == len(segment.filters) + 1 for segment in segments)
-    for filters, columns in group_filters(kept):
-        assert len(filters) in TILES and kept[filters].any(0).nonzero()[0].tolist() == columns.tolist()
+    for largest, dense in product(TILES, (None, False, True)):
+        segments, costs = pack(matrix, largest, dense)
+        rebuilt, seen = unpack(segments, matrix.shape)
+        assert np.array_equal(rebuilt, matrix) and (seen == 1).all()
+        assert all(segment.rows in TILES and len(segment.begins) == len(segment.filters) + 1 for segment in segments)
+        assert costs.shape == (2,) and np.isfinite(costs).all()
+        computed = sum(segment.weights.size for segment in segments)
+        if dense or (dense is None and costs[0] < costs[1]):
+            assert computed == matrix.size
+        else:
+            assert all(segment.rows <= largest for segment in segments) and computed <= matrix.size
+        for filters, columns in group_filters(kept, largest):
+            assert len(filters) in TILES and len(filters) <= largest
+            assert kept[filters].any(0).nonzero()[0].tolist() == columns.tolist()
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("kept", [*masks()][::4], ids=lambda kept: f"{kept.shape[0]}x{kept.shape[1]}")
+def test_packing_of_linear_layers_is_exact(kept, lanes, rng):
+    matrix = np.where(kept, rng.standard_normal(kept.shape), 0).astype(np.float32)
+    groups = -(-len(matrix) // lanes)
+    begins, columns, weights = pack_neighbours(matrix, lanes)
+    rebuilt = np.zeros((groups * lanes, matrix.shape[1]), np.float32)
+    for group, at in ((g, at) for g in range(groups) for at in range(begins[g], begins[g + 1])):
+        rebuilt[lanes * group :][:lanes, columns[at]] += weights[at]
+    assert (
+        len(begins) == groups + 1
+        and np.array_equal(rebuilt[: len(matrix)], matrix)
+        and not rebuilt[len(matrix) :].any()
+    )
+    packed = pack_filters(matrix, lanes)
+    if kept.all() or packed is None:
+        assert packed is None and kept.mean() > 0.5
+        return
+    begins, columns, weights = packed
+    assert columns.dtype == np.uint16 and weights.dtype == np.float32 and begins[-1] == len(columns) == len(weights)
+    rebuilt = np.zeros((groups * lanes, matrix.shape[1]), np.float32)
+    for group in range(groups):
+        longest = kept[group * lanes : (group + 1) * lanes].sum(axis=1).max()
+        assert begins[group + 1] - begins[group] == -(-longest // lanes)
+        for register, lane in product(range(begins[group], begins[group + 1]), range(lanes)):
+            np.add.at(rebuilt[group * lanes + lane], columns[register, lane], weights[register, lane])
+    assert np.array_equal(rebuilt[: len(matrix)], matrix) and not rebuilt[len(matrix) :].any()
 
 
 def test_equal_filters_share_a_list_wherever_they_lie(rng):

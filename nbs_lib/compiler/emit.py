@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbs_lib.compiler.fuse import activation
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.moves import channel_distance, split_by_phase, tap_offsets
 from nbs_lib.compiler.packing import linear_cost, pack, pack_filters, pack_neighbours, share
@@ -103,7 +102,7 @@ def depthwise(step: Step, threads: int, layer, x: Planar, out: Planar, residual:
     apart = 0 if split_by_phase(layer) else layer.dilation[1]
     kernel = depthwise_kernels.kernel(layer.Kh, layer.Kw, apart, stride, vectors, step.operation.epilogue)
     _count(step, step.operation.weight, 0, out.images * out.H * out.W)
-    step.kernel, step.tile, step.chosen, step.why = kernel.name, f"1x{vectors}", "dense", "depthwise: few weights"
+    step.tile, step.chosen, step.why = f"1x{vectors}", "dense", "depthwise: few weights"
     return [Launch(kernel, whole(threads, tiles, layer.P), fields)]
 
 
@@ -125,7 +124,7 @@ def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -
     ranges = [(0, 0, begin, end) for begin, end in share(np.diff(begins) + 1.0, threads)]
     _count(step, weights, columns.nbytes // 4 + len(begins), x.images)
     _describe(step, operation.weight, min(weights.size, operation.weight.size))
-    step.kernel, step.tile = kernel.name, f"{lanes}x1"
+    step.tile = f"{lanes}x1"
     return [Launch(kernel, ranges, fields)]
 
 
@@ -140,9 +139,6 @@ def pointwise(step: Step, threads: int, x: Planar, out: Planar, other: list[Plan
         words = ("add", *words)
     elif node.op in ("add", "mul") and scalar is not None:
         (scale if node.op == "mul" else shift)[:] = scalar
-    elif node.op != "mul":
-        word, operation.bounds = activation(node)
-        words = (word,)
     kind = "" if factor is None else "image" if (factor.H, factor.W) == (out.H, out.W) else "channel"
     kernel = copy_kernels.pointwise_kernel(node.op == "affine" or scalar is not None, kind, words)
     fields = _common(step, x, out, other) | {
@@ -151,5 +147,4 @@ def pointwise(step: Step, threads: int, x: Planar, out: Planar, other: list[Plan
     }  # fmt: skip
     for name, value in (("residual", other[0] if other else x), ("factor", factor or x)):
         fields |= {f"{name}_image": 4 * value.image, f"{name}_plane": 4 * value.plane}
-    step.kernel = kernel.name
     return [Launch(kernel, whole(threads, out.vectors, x.C), fields)]

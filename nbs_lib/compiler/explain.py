@@ -72,27 +72,27 @@ def profile(net, inputs: tuple, runs: int) -> pd.DataFrame:
 
     The last row, "call", is what a call takes beside the steps: Python, checks, the copy of the result, and PyTorch.
     """
-    start, walls = time.perf_counter_ns(), []
-
-    def lap() -> None:
-        nonlocal start
-        walls.append((time.perf_counter_ns() - start) / 1e6)
-        start = time.perf_counter_ns()
-
-    times = net.times(*inputs, runs=runs, between=lap)
+    laps: list[int] = []
+    times = net.times(*inputs, runs=runs, between=lambda: laps.append(time.perf_counter_ns()))
+    walls = np.diff(laps) / 1e6
     frame = explain(net)
     through_torch = frame["chosen"] == "torch"
     frame["ms"] = np.where(through_torch, np.nan, np.median(times, axis=0))
-    weights, steps = frame["weight_bytes"], net.steps
-    far = [sum(4 * v.floats for v in (*s.reads, *s.writes) if 4 * v.floats > FAR) for s in steps] + weights.where(
-        weights > FAR, 0
-    )
-    frame["share_of_peak"] = (frame["effective_macs"] - frame["removed_macs"]) / frame["ms"] / 1e6 / (_peak() * net.threads)
+    peak, weights = _peak() * net.threads, frame["weight_bytes"]
+    values = [[4 * value.floats for value in (*step.reads, *step.writes)] for step in net.steps]
+    far = weights.where(weights > FAR, 0) + [sum(size for size in sizes if size > FAR) for sizes in values]
+    frame["share_of_peak"] = (frame["effective_macs"] - frame["removed_macs"]) / frame["ms"] / 1e6 / peak
     frame["gbytes_s"] = (weights + frame["activation_bytes"]) / frame["ms"] / 1e6
-    compute_ms, memory_ms = frame["computed_macs"] / 1e6 / (_peak() * net.threads), far / 1e6 / _bandwidth()
+    compute_ms, memory_ms = frame["computed_macs"] / 1e6 / peak, far / 1e6 / _bandwidth()
     limit = np.where(memory_ms > compute_ms, "memory", "multiply-adds")
     frame["bound"] = np.where(np.maximum(memory_ms, compute_ms) > 0.5 * frame["ms"], limit, "caches")
     frame.loc[through_torch, "bound"] = "PyTorch"
-    call = {"step": len(frame), "op": "call", "chosen": "python", "ms": np.median(walls - times.sum(axis=1))}
-    blank = {name: "" if frame[name].dtype == object or name == "bound" else 0 for name in frame}
+    call = {
+        "step": len(frame),
+        "op": "call",
+        "chosen": "python",
+        "ms": max(np.median(walls) - np.median(times.sum(axis=1)), 0),
+    }
+    numbers = frame.select_dtypes(["number", "bool"])
+    blank = {name: frame[name].dtype.type() if name in numbers else "" for name in frame}
     return pd.concat([frame, pd.DataFrame([blank | call])], ignore_index=True)

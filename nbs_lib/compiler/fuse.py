@@ -26,10 +26,6 @@ class Operation:
     bounds: list[tuple[float, float]] = field(default_factory=list)
     residual: str | None = None
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.node.inputs + ((self.residual,) if self.residual else ())
-
 
 def fuse(graph: Graph) -> list[Operation]:
     """Operations in an order in which every input is there when it is needed."""
@@ -74,6 +70,9 @@ def is_pointwise(node: Node, shapes: dict) -> bool:
 
 
 def _start(graph: Graph, node: Node) -> Operation:
+    if node.op in ACTIVATIONS:
+        word, bounds = activation(node)
+        return Operation(node, node, epilogue=(word,), bounds=bounds)
     if node.op not in ("conv2d", "linear"):
         return Operation(node, node)
     layer = graph.layers[node.layer]

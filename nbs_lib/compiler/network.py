@@ -156,17 +156,14 @@ class Network:
         if segment.begin == segment.end:
             return
         self._counter[0] = 0
-        tables, threads = (self._functions, self._arguments, self._joins), self.threads
-        counter = self._counter.ctypes.data
+        tables = [table.ctypes.data for table in (self._functions, self._arguments, self._joins)]
         clock = self._times.ctypes.data if self._times is not None else 0
-
-        def work(thread: int) -> None:
-            driver.run(*tables, segment.begin, segment.end, thread, threads, counter, clock)
-
-        if threads == 1:
-            work(0)
+        order = [*tables, segment.begin, segment.end, self.threads, self._counter.ctypes.data, clock]
+        order = np.array(order, np.int64)
+        if self.threads == 1:
+            driver.run(order.ctypes.data, 0)
         else:
-            team(threads).run(work)
+            team(self.threads).run(order)
 
     def _export(self, where: dict, values: dict) -> None:
         """Copy compiled values out for PyTorch or the caller, who owns them from then on."""
@@ -198,10 +195,13 @@ class Network:
                 if run and between:
                     between()
                 self(*inputs)
-                samples.append(np.diff(self._times @ (1e3, 1e-6), axis=1)[:, 0])
+                samples.append(self._times)
+            if between:
+                between()
         finally:
             self._times = None
-        return np.array([[sample[slice(*step.launched)].sum() for step in self.steps] for sample in samples[1:]])
+        taken = np.diff(np.array(samples[1:]) @ (1e3, 1e-6), axis=2)[..., 0]
+        return np.array([taken[:, slice(*step.launched)].sum(axis=1) for step in self.steps]).T
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""

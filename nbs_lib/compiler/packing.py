@@ -115,7 +115,7 @@ def pack_filters(matrix: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray
     filters, lanes); `begins`: prefix array into registers. A group is as long as its longest filter; zeros of column 0
     fill the others up.
     """
-    if matrix.shape[1] > 2**16 or 2 * np.count_nonzero(matrix) > matrix.size:
+    if matrix.shape[1] > 2**16 or np.count_nonzero(matrix) > 0.7 * matrix.size:
         return None
     rows, kept = np.nonzero(matrix)
     counts = np.bincount(rows, minlength=len(matrix) + -len(matrix) % lanes)

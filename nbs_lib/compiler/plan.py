@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from nbs_lib.compiler import emit, moves, pooling
-from nbs_lib.compiler.fuse import ACTIVATIONS, Operation, activation, fuse, is_pointwise
+from nbs_lib.compiler.fuse import Operation, fuse, is_pointwise
 from nbs_lib.compiler.layout import Flat, Planar
 from nbs_lib.compiler.record import Fixed
 from nbs_lib.compiler.steps import Step
@@ -40,8 +40,8 @@ class Planner:
         self.values.append(value)
         return value
 
-    def make_planar(self, name: str, shape=None) -> Planar:
-        return self._new(name, Planar(*(shape or self.shapes[name]), self.width))
+    def make_planar(self, name: str) -> Planar:
+        return self._new(name, Planar(*self.shapes[name], self.width))
 
     def planar(self, name: str, operation: Operation) -> Planar:
         """The value as images, copied into that form if it is not there yet."""
@@ -78,7 +78,7 @@ class Planner:
     def _operation(self, operation: Operation) -> None:
         node, name = operation.node, operation.output.name
         step = Step(operation, [], [], kernel=node.op)
-        plan = None
+        plan = self._torch
         if node.op == "conv2d":
             plan = self._conv
         elif node.op == "linear":
@@ -87,12 +87,11 @@ class Planner:
             plan = self._pool
         elif is_pointwise(node, self.shapes):
             plan = self._pointwise
-        elif node.op == "cat" and node.attrs["dim"] in (1, -3) and self._images(node):
+        elif node.op == "cat" and node.attrs["dim"] == 1 and self._images(node):
             plan = self._cat
         elif node.op == "reshape" and self._reshape(operation):
             return
-        if plan is None or plan(operation, step) is False:
-            self._torch(operation, step)
+        plan(operation, step)
         self.steps.append(step)
         self._sign(operation, name)
 
@@ -102,9 +101,6 @@ class Planner:
 
     def _sign(self, operation: Operation, name: str) -> None:
         last = operation.epilogue[-1:]
-        if operation.node.op in ACTIVATIONS:
-            word, operation.bounds = activation(operation.node)
-            last = (word,)
         passes = operation.node.op in (*POOLS, "cat") and all(i in self.positive for i in operation.node.inputs)
         clamped = last == ("clamp",) and operation.bounds[-1][0] >= 0
         if passes or clamped or last in (("relu",), ("hardsigmoid",)):
@@ -129,7 +125,7 @@ class Planner:
         layer = self.graph.layers[operation.node.layer]
         out = self.make_planar(operation.output.name)
         residual = self._residual(operation, out)
-        name = operation.inputs[0]
+        name = operation.node.inputs[0]
         top, bottom, left, right = layer.padding
         if layer.stride == (1, 1):
             x = self.planar(name, operation)
@@ -166,23 +162,17 @@ class Planner:
 
     def _linear(self, operation: Operation, step: Step) -> None:
         layer = self.graph.layers[operation.node.layer]
-        shape = self.shapes[operation.inputs[0]]
+        shape = self.shapes[operation.node.inputs[0]]
         images = math.prod(shape[:-1])
-        x = self.flat(operation.inputs[0], images, operation)
+        x = self.flat(operation.node.inputs[0], images, operation)
         residual = [self.flat(operation.residual, images, operation)] if operation.residual else []
         out = self._new(operation.output.name, Flat(images, layer.P))
         step.reads, step.writes = [x, *residual], [out]
         step.emit = lambda: emit.linear(step, self.threads, x, out, residual)
 
-    def _pool(self, operation: Operation, step: Step) -> bool | None:
+    def _pool(self, operation: Operation, step: Step) -> None:
         node = operation.node
-        if node.shape is None or len(self.shapes[node.inputs[0]]) != 4:
-            return False
         name = operation.output.name
-        if node.op == "adaptive_avg_pool2d" and tuple(node.shape) == tuple(self.shapes[node.inputs[0]]):
-            self.forms[name, "planar"] = self.planar(node.inputs[0], operation)
-            step.why, step.emit = "identity", list
-            return None
         x = self.planar(node.inputs[0], operation)
         step.reads = [x]
         if node.op == "global_avg" or node.op == "adaptive_avg_pool2d" and tuple(node.shape[2:]) == (1, 1):
@@ -190,7 +180,7 @@ class Planner:
             step.emit = lambda: pooling.mean(step, self.threads, x, out)
         else:
             out = self.make_planar(name)
-            window = pooling.Window.of(node, (x.H, x.W))
+            window = pooling.Window.of(node)
             reach_h, reach_w = window.overhang((x.H, x.W), (out.H, out.W))
             zeros = reach_h or reach_w
             # Zeros around the image stand for nothing at all in an average, and in a maximum of what is never negative,
@@ -201,7 +191,6 @@ class Planner:
                 x.need(reach_h, reach_w)
             step.emit = lambda: pooling.pool(step, self.threads, window, fast, x, out)
         step.writes = [out]
-        return None
 
     def _pointwise(self, operation: Operation, step: Step) -> None:
         node, factor = operation.node, None
@@ -230,7 +219,7 @@ class Planner:
 
     def _reshape(self, operation: Operation) -> bool:
         """Images to vectors and back cost a copy or nothing, as long as the batch stays the batch."""
-        name, source = operation.output.name, operation.inputs[0]
+        name, source = operation.output.name, operation.node.inputs[0]
         shape, before = self.shapes[name], self.shapes[source]
         if source in self.objects or not shape or shape[0] != before[0] or math.prod(shape) != math.prod(before):
             return False

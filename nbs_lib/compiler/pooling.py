@@ -12,12 +12,6 @@ from nbs_lib.compiler.steps import Launch, Step, whole
 from nbs_lib.kernels import pool as kernels
 
 
-def pair(value) -> tuple[int, int]:
-    """PyTorch's "one number or two" as two."""
-    value = (value,) * 2 if isinstance(value, int) else tuple(value)
-    return value * 2 if len(value) == 1 else value
-
-
 @dataclass(frozen=True)
 class Window:
     """A pooling window, per axis. `output` is set for adaptive pooling, whose windows come from it alone."""
@@ -32,14 +26,13 @@ class Window:
     divisor: int | None = None
 
     @classmethod
-    def of(cls, node, size: tuple[int, int]) -> Window:
+    def of(cls, node) -> Window:
         attrs = node.attrs
         if node.op == "adaptive_avg_pool2d":
             return cls("average", output=tuple(node.shape[2:]))
-        kernel = pair(attrs["kernel"])
-        common = {"kernel": kernel, "stride": pair(attrs["stride"] or kernel), "padding": pair(attrs["padding"])}
+        common = {name: attrs[name] for name in ("kernel", "stride", "padding")}
         if node.op == "max_pool2d":
-            return cls("max", dilation=pair(attrs["dilation"]), **common)
+            return cls("max", dilation=attrs["dilation"], **common)
         return cls("average", count_padding=attrs["count_include_pad"], divisor=attrs["divisor"], **common)
 
     @property
@@ -107,13 +100,11 @@ def pool(step: Step, threads: int, window: Window, fast: bool, x: Planar, out: P
         fields |= {"columns": out.W, "x_row": 4 * x.row}
     scale = np.ascontiguousarray(scale, np.float32)
     fields |= {"scale": step.hold(scale), "scale_row": 4 * scale.shape[1]}
-    step.kernel = kernel.name
     return [Launch(kernel, whole(threads, tiles, x.C), fields)]
 
 
 def mean(step: Step, threads: int, x: Planar, out: Flat) -> list[Launch]:
     kernel = kernels.mean_kernel()
-    step.kernel = kernel.name
     fields = {
         "x": x.address, "out": out.address, "factor": step.hold(np.array([1 / (x.H * x.W)], np.float32)),
         "images": x.images, "x_image": 4 * x.image, "out_image": 4 * out.image, "x_plane": 4 * x.plane, "out_plane": 4,

@@ -13,6 +13,7 @@ import numpy as np
 from nbs_lib.compiler.packing import TILES
 from nbs_lib.compiler.steps import Tiling
 from nbs_lib.kernels import jit
+from nbs_lib.kernels.conv import FETCHES
 from nbs_lib.layers import LayerSpec
 from nbs_lib.paths import cache_dir, write_atomic
 
@@ -68,7 +69,10 @@ class Record(Fixed):
 def _sound(entry) -> bool:
     try:
         times = [entry["ms"], entry["default_ms"], entry["dense_ms"], *entry["trials"].values()]
-        return all(0 < ms < math.inf for ms in times) and Tiling(**entry["tiling"]).rows in TILES
+        t = Tiling(**entry["tiling"])
+        counts = all(type(n) is int and n > 0 for n in (t.rows, t.vectors, t.unroll, 1 if t.block is None else t.block))
+        words = t.fetch in (None, *FETCHES) and t.split in (None, "tiles", "groups") and t.dense in (None, True, False)
+        return all(0 < ms < math.inf for ms in times) and counts and words and t.rows in TILES
     except (TypeError, KeyError, AttributeError):
         return False
 

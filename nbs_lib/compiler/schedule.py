@@ -18,11 +18,14 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
         pieces = cut(part.vectors, part.rows, part.tiling.vectors)
         shares = balanced(threads, pieces, part.columns, part.tiling.split)
         for (vectors, count, first), ranges in zip(pieces, shares, strict=True):
+            if reverse:  # a thread keeps its pixels, which the step before has left in its own core's cache
+                ranges = [(count - end, count - begin, *groups) for begin, end, *groups in ranges]
             launches.append(part.launch(vectors, count, first, ranges, reverse))
             tiles.append(f"{part.rows}x{vectors}")
     step.kernels = list(dict.fromkeys(launch.kernel.name for launch in launches))
-    if tiles:
-        step.kernel, step.tile = step.kernels[0], " ".join(dict.fromkeys(tiles))
+    if step.kernels and step.kernel not in ("copy", "phases"):  # moves keep the name of what they are for
+        step.kernel = step.kernels[0]
+    step.tile = " ".join(dict.fromkeys(tiles)) or step.tile
     return launches[::-1] if reverse else launches
 
 

@@ -5,44 +5,44 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
 from functools import cache
+
+import numpy as np
+
+from nbs_lib.kernels import driver
+
+PATIENCE = 400_000  # looks for the next run, well below a millisecond, before a helper goes to sleep
 
 
 class Team:
-    """`threads - 1` waiting helpers; `run(work)` calls `work(thread)` on all of them and on the caller (thread 0)."""
+    """`threads - 1` helpers beside the caller, who is thread 0."""
 
     def __init__(self, threads: int):
         self.lock = threading.Lock()
-        self.orders = [queue.SimpleQueue() for _ in range(threads - 1)]
-        for number, orders in enumerate(self.orders, 1):
-            threading.Thread(target=self._serve, args=(number, orders), daemon=True, name=f"prunemap-{number}").start()
+        self.board = np.zeros(3, np.int64)  # ticket, address of the order, helpers that are done
+        self.asleep = [False] * threads
+        self.calls = [queue.SimpleQueue() for _ in range(threads)]
+        for number in range(1, threads):
+            threading.Thread(target=self._serve, args=(number,), daemon=True, name=f"prunemap-{number}").start()
 
-    def _serve(self, number: int, orders: queue.SimpleQueue) -> None:
+    def _serve(self, number: int) -> None:
+        seen = 0
         while True:
-            work, done = orders.get()
-            work(number)
-            del work  # or the last network would live as long as the team
-            done.put(number)
+            seen = driver.serve(self.board.ctypes.data, number, seen, PATIENCE)
+            self.asleep[number] = True  # before the next look: whoever posts first looks who sleeps only then
+            if self.board[0] == seen:
+                self.calls[number].get()
+            self.asleep[number] = False
 
-    def run(self, work: Callable[[int], None]) -> None:
+    def run(self, order: np.ndarray) -> None:
+        """Run an order (see `driver.run`) on all threads; Ctrl-C waits for its end."""
         with self.lock:  # two networks take turns, or their threads would wait for each other for ever
-            done: queue.SimpleQueue = queue.SimpleQueue()
-            for orders in self.orders:
-                orders.put((work, done))
-            interrupted = None
-            try:
-                work(0)
-            finally:  # even after Ctrl-C nobody may still be at work when the next run begins
-                missing = len(self.orders)
-                while missing:
-                    try:
-                        done.get()
-                        missing -= 1
-                    except KeyboardInterrupt as interrupt:
-                        interrupted = interrupt
-            if interrupted is not None:
-                raise interrupted
+            self.board[1] = order.ctypes.data
+            driver.post(self.board.ctypes.data)
+            for calls, asleep in zip(self.calls, self.asleep, strict=True):
+                if asleep:
+                    calls.put(None)
+            driver.lead(self.board.ctypes.data, len(self.calls) - 1)
 
 
 @cache

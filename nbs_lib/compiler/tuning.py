@@ -30,6 +30,7 @@ GENES = {
 }  # fmt: skip
 START = Tiling(rows=LARGEST, vectors=TILES[LARGEST], block=16, fetch="columns", split="tiles")  # about the default
 POPULATION, PARENTS, MUTATION, ELITE = 10, 4, 0.3, 2  # ours: the papers name the algorithm only
+COLUMNS = ["layer", "method", "evaluation", "ms", "best_ms", "tiling"]  # of what `tune` returns
 RUNS = 7  # timed runs of a candidate
 WASH = np.zeros(2**20, np.float32)  # written between two runs: what the layer before has not left is far away
 
@@ -64,8 +65,8 @@ def tune(
         found = Candidates(net.planned, node, threads, record).search(method, deadline, evaluations, seed)
         tried = pd.DataFrame(found, columns=["tiling", "ms"])
         tried = tried.assign(layer=node.layer, method=method, evaluation=tried.index + 1, best_ms=tried["ms"].cummin())
-        history.append(tried[["layer", "method", "evaluation", "ms", "best_ms", "tiling"]])
-    return pd.concat(history, ignore_index=True) if history else pd.DataFrame()
+        history.append(tried[COLUMNS])
+    return pd.concat(history, ignore_index=True) if history else pd.DataFrame(columns=COLUMNS)
 
 
 class Candidates:
@@ -104,20 +105,24 @@ class Candidates:
             tiling = Tiling(**chosen | ({} if self.threads > 1 else {"split": None}), dense=False)
             if tiling not in tried and not over():
                 tried[tiling] = self.time(tiling)
+                save()
             return tried.get(tiling, math.inf)
 
         def over() -> bool:
             return len(tried) >= evaluations or time.monotonic() > deadline
 
-        def turn() -> bool:
-            """Save after a generation, and say whether to go on; without anything new, not for ever."""
-            nonlocal calls
-            calls += 1
+        def save() -> None:
             best = min(tried, key=tried.get)
             times = {"ms": tried[best], "default_ms": tried[default], "dense_ms": dense_ms, "trials": self.trials}
             self.record.save(self.key, {"tiling": asdict(best)} | times)
+
+        def turn() -> bool:
+            """After a generation, whether to go on; without anything new, not for ever."""
+            nonlocal calls
+            calls += 1
             return not over() and calls < evaluations
 
+        save()
         if turn():
             SEARCHES[method](cost, [len(values) for values in GENES.values()], seed, turn)
         return list(tried.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from nbs_lib.kernels.jit import cached
-from nbs_lib.kernels.vector import atomic_load, call, fetch_add
+from nbs_lib.kernels.vector import atomic_load, call, fetch_add, load_int64
 
 SPINS = 2_000  # looks at the counter before a waiting thread offers its core to others
 MONOTONIC = 1  # CLOCK_MONOTONIC
@@ -13,20 +13,24 @@ sched_yield = types.ExternalFunction("sched_yield", types.int32())
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-def run(functions, arguments, joins, begin, end, thread, threads, counter, times):
-    """Run launches `begin` .. `end` as thread `thread` of `threads`.
+def run(order, thread):
+    """Run a program's part as thread `thread`; `order`: address of int64 ORDER.
 
-    `functions`, `arguments`: int64 addresses per launch. `joins`: 1 where all threads must have finished before the
-    next one. `counter`: address of an int64, zero at the start of the run, that the threads count their arrivals in.
-    `times`: 0, or the address of two timespecs per launch, its start and end, which thread 0 fills.
+    `functions`, `arguments`, `joins`: addresses of int64 arrays, per launch: addresses of both, and 1 where all threads
+    must have finished before the next one. `counter`: address of an int64, zero at the start of the run, that the
+    threads count their arrivals in. `times`: 0, or the address of two timespecs per launch, its start and end, which
+    thread 0 fills.
     """
+    functions, arguments, joins = load_int64(order), load_int64(order + 8), load_int64(order + 16)
+    begin, end, threads = load_int64(order + 24), load_int64(order + 32), load_int64(order + 40)
+    counter, times = load_int64(order + 48), load_int64(order + 56)
     arrivals = 0
     record = times != 0 and thread == 0
     for launch in range(begin, end):
         if record:
             clock_gettime(MONOTONIC, times + 32 * launch)
-        call(functions[launch], arguments[launch], thread)
-        if threads > 1 and joins[launch]:
+        call(load_int64(functions + 8 * launch), load_int64(arguments + 8 * launch), thread)
+        if threads > 1 and load_int64(joins + 8 * launch):
             arrivals += threads
             fetch_add(counter, 1)
             spins = 0
@@ -38,5 +42,44 @@ def run(functions, arguments, joins, begin, end, thread, threads, counter, times
             clock_gettime(MONOTONIC, times + 32 * launch + 16)
 
 
-SIGNATURE = "void(int64[::1], int64[::1], int64[::1], int64, int64, int64, int64, int64, int64)"
-run = cached(njit(SIGNATURE, nogil=True, cache=True), run)
+ORDER = ("functions", "arguments", "joins", "begin", "end", "threads", "counter", "times")
+run = cached(njit("void(int64, int64)", nogil=True, cache=True), run)
+
+
+def serve(ticket, thread, seen, patience):
+    """Run the order whose address follows the int64 at `ticket` whenever that changes from `seen`, and count it done in
+    the int64 behind; give the last ticket seen back after `patience` looks in vain."""
+    looks = 0
+    while looks < patience:
+        looks += 1
+        now = atomic_load(ticket)
+        if now != seen:
+            run(load_int64(ticket + 8), thread)
+            fetch_add(ticket + 16, 1)
+            seen, looks = now, 0
+    return seen
+
+
+serve = cached(njit("int64(int64, int64, int64, int64)", nogil=True, cache=True), serve)
+
+
+def post(ticket):
+    """Tell the helpers of the order at `ticket`; the caller keeps Python's lock, as `Team` needs it."""
+    fetch_add(ticket, 1)
+
+
+post = cached(njit("void(int64)", cache=True), post)
+
+
+def lead(ticket, helpers):
+    """Run the order at `ticket` as thread 0 and wait until all helpers are done."""
+    run(load_int64(ticket + 8), 0)
+    spins = 0
+    while atomic_load(ticket + 16) < helpers:
+        spins += 1
+        if spins > SPINS:
+            sched_yield()
+    fetch_add(ticket + 16, -helpers)
+
+
+lead = cached(njit("void(int64, int64)", nogil=True, cache=True), lead)

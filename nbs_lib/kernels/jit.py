@@ -23,6 +23,7 @@ from numba.core.caching import FunctionCache
 from nbs_lib.kernels import vector
 from nbs_lib.paths import cache_dir, write_atomic
 
+width = vector.host_width  # of the vectors kernels are generated for
 RANGES = 4  # int64 per thread behind the fields: first and last tile, first and last group
 
 
@@ -89,8 +90,3 @@ def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel
     exec(compile(text, str(path), "exec"), module.__dict__)
     function = cached(numba.cfunc("void(int64, int64)", nopython=True, cache=True), module.kernel)
     return Kernel(name, source, fields, function.address, function)
-
-
-def width() -> int:
-    """Vector width kernels are generated for: the host's, or what `NBS_VECTOR_WIDTH` forces."""
-    return vector.host_width()

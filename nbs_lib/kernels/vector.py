@@ -10,6 +10,7 @@ Addresses are int64 bytes, so that one kernel serves every array and the structu
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 
@@ -42,65 +43,39 @@ HOST_REGISTERS = (
 
 
 class Vector(types.Type):
-    """Numba type of one register of `width` float32."""
+    """Numba type of one register: `width` float32, or truth values (an AVX-512 mask, or lanes of ones and zeros)."""
 
-    def __init__(self, width: int):
-        self.width = width
-        super().__init__(name=f"float32x{width}")
+    def __init__(self, width: int, element: ir.Type = FLOAT):
+        self.register = ir.VectorType(element, width)
+        super().__init__(name=f"{element}x{width}")
 
 
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, vector):
-        super().__init__(manager, vector, ir.VectorType(FLOAT, vector.width))
-
-
-class Predicate(types.Type):
-    """Numba type of one truth value per lane: an AVX-512 mask register, or a vector of all-ones and zeros."""
-
-    def __init__(self, width: int):
-        self.width = width
-        super().__init__(name=f"boolx{width}")
-
-
-@register_model(Predicate)
-class PredicateModel(models.PrimitiveModel):
-    def __init__(self, manager, predicate):
-        super().__init__(manager, predicate, ir.VectorType(ir.IntType(1), predicate.width))
+        super().__init__(manager, vector, vector.register)
 
 
 def _pointer(builder, address, to):
     return builder.inttoptr(address, ir.PointerType(to))
 
 
-@intrinsic
-def load_int64(typing, address):
-    """The int64 at `address` (bytes)."""
+def _loader(result: types.Type, stored: ir.Type) -> Callable:
+    """An intrinsic: what lies at an address (bytes); integers come as int64."""
 
-    def codegen(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], LONG))
+    @intrinsic
+    def load(typing, address):
+        def codegen(context, builder, signature, args):
+            value = builder.load(_pointer(builder, args[0], stored))
+            return value if stored == FLOAT else builder.sext(value, LONG)
 
-    return types.int64(types.int64), codegen
+        return result(types.int64), codegen
 
-
-@intrinsic
-def load_int32(typing, address):
-    """The int32 at `address`, as int64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.sext(builder.load(_pointer(builder, args[0], INT)), LONG)
-
-    return types.int64(types.int64), codegen
+    return load
 
 
-@intrinsic
-def load_float(typing, address):
-    """The float32 at `address`."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], FLOAT))
-
-    return types.float32(types.int64), codegen
+load_int64, load_int32 = _loader(types.int64, LONG), _loader(types.int64, INT)
+load_float = _loader(types.float32, FLOAT)
 
 
 @intrinsic
@@ -170,7 +145,8 @@ def operations(width: int) -> SimpleNamespace:
     """
     if width not in (4, 8, 16):
         raise ValueError(f"Expected a vector width of 4, 8 or 16 floats. Got {width}.")
-    vector, register, bits = Vector(width), ir.VectorType(FLOAT, width), ir.VectorType(INT, width)
+    vector, truth = Vector(width), Vector(width, TRUTH)
+    register, bits = vector.register, ir.VectorType(INT, width)
     zero = ir.Constant(register, [0.0] * width)
 
     def constant_shuffle(builder, a, b, lanes):
@@ -200,9 +176,9 @@ def operations(width: int) -> SimpleNamespace:
             loaded = builder.load(_pointer(builder, args[1], short))
             loaded.align = 2
             if width == 16:
-                kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, ir.VectorType(TRUTH, width), INT])
+                kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, truth.register, INT])
                 function = builder.module.declare_intrinsic("llvm.x86.avx512.mask.gather.dps.512", fnty=kind)
-                everywhere = ir.Constant(ir.VectorType(TRUTH, width), [1] * width)
+                everywhere = ir.Constant(truth.register, [1] * width)
                 operands = [zero, _pointer(builder, args[0], BYTE), builder.zext(loaded, bits), everywhere, INT(4)]
                 return builder.call(function, operands)
             value = zero
@@ -247,14 +223,14 @@ def operations(width: int) -> SimpleNamespace:
             value.align = 4
             return builder.icmp_signed("!=", value, ir.Constant(bits, [0] * width))
 
-        return Predicate(width)(types.int64), codegen
+        return truth(types.int64), codegen
 
     @intrinsic
     def store_kept(typing, address, value, mask):
         def codegen(context, builder, signature, args):
             target = _pointer(builder, args[0], register)
             if width == 16:  # AVX-512 stores under a mask for free
-                pointer, predicate = register.as_pointer(), ir.VectorType(ir.IntType(1), width)
+                pointer, predicate = register.as_pointer(), truth.register
                 kind = ir.FunctionType(ir.VoidType(), [register, pointer, INT, predicate])
                 masked = builder.module.declare_intrinsic(f"llvm.masked.store.v{width}f32.p0", fnty=kind)
                 builder.call(masked, [args[1], target, INT(4), args[2]])
@@ -262,7 +238,7 @@ def operations(width: int) -> SimpleNamespace:
                 builder.store(builder.select(args[2], args[1], zero), target, align=4)
             return context.get_dummy_value()
 
-        return types.void(types.int64, vector, Predicate(width)), codegen
+        return types.void(types.int64, vector, truth), codegen
 
     def hard_gate(builder, a):
         """min(max(a + 3, 0), 6) / 6, NaN kept."""
