@@ -3,7 +3,8 @@
 Each lives in a virtual environment under the cache folder (`engines/<name>`), made on first use from the pinned list
 below, which is all that it gets: nothing pulls dependencies (pnnx would want torch). Once made it needs no network. The
 engine runs in a process of that environment (`engine_worker.py`), on the CPUs that the caller is pinned to, in float32.
-DeepSparse 1.8 wants Python 3.8 to 3.11 and may be used for evaluation only; its analytics are switched off.
+DeepSparse 1.8 wants Python 3.8 to 3.11 and may be used for evaluation only; its analytics are switched off. MNN's wheel
+holds AVX2 kernels only. LiteRT is left out: its converters want torch, or TensorFlow and a download at run time.
 """
 
 import contextlib

@@ -42,7 +42,8 @@ def run(scheme, rate: float, kernel: int, size: int, channels: int, runs: int) -
     return {
         "kernel": f"{kernel}x{kernel}", "map": f"{size}x{size}x{channels}", "scheme": str(scheme), "rate": rate,
         "reached": net.graph.rates().conv, "ms_per_layer": layers_ms / len(specs),
-        "share_of_peak": (net.effective_macs - steps["removed_macs"].sum()) / layers_ms / 1e6 / peak, "call_ms": call.median_ms,
+        "share_of_peak": (net.effective_macs - steps["removed_macs"].sum()) / layers_ms / 1e6 / peak,
+        "call_ms": call.median_ms,
         "lanes_used": size * size / (width() * -(-((size - 1) * (size + kernel // 2) + size) // width())),
         "peak_gmacs": peak, "difference": difference, "fallback_macs": net.fallback_macs,
     }  # fmt: skip

@@ -908,7 +908,7 @@ def test_deleted_networks_free_their_memory(small, threads):
     model, x, _ = small
     net = compile(model, x, threads=threads)
     net(x)
-    held = [weakref.ref(net), *map(weakref.ref, net._buffers)]
+    held = [weakref.ref(net), weakref.ref(net._memory)]
     gc.collect()
     gc.disable()
     try:

@@ -522,11 +522,7 @@ def test_an_input_changed_in_place_stays_the_callers():
         ((torch.zeros(1, 3, 8, 8), None), TypeError, "Expected example_inputs to be a tensor or a tuple of tensors"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.float64), ValueError, "Expected float32 .* Got torch.float64."),
         (torch.zeros(1, 3, 8, 8).half(), ValueError, "Expected float32 .* Got torch.float16."),
-        (
-            torch.zeros(1, 4, 8, 8),
-            ValueError,
-            r"shape \[\(1, 4, 8, 8\)\].*\(in module '1.0' \(Conv2d\), operator conv",
-        ),
+        (torch.zeros(1, 4, 8, 8), ValueError, r"shape \[\(1, 4, 8, 8\)\].*\(in module '1.0' \(Conv2d\), operator conv"),
         ((torch.zeros(1, 3, 8, 8),) * 2, ValueError, "too many positional arguments"),
     ],
 )

@@ -281,12 +281,6 @@ def test_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".killed.csv.") and not name.endswith(".lock")]
 
 
-def test_matching_takes_good_rows_of_this_fingerprint():
-    rows = [good_row(fingerprint="here", seed=1), good_row(fingerprint="there"), good_row(fingerprint="here", seed=2)]
-    rows.append(schema.make_row(device="host", fingerprint="here", ok=False, error="broke"))
-    assert cache.matching(schema.frame(rows), "here").seed.tolist() == [1, 2]
-
-
 # --- host ---
 
 
@@ -452,7 +446,7 @@ def test_simulated_rows_are_never_taken_for_measured_ones(tmp_path, device):
     assert row.device.startswith("simulated:") and row.engine == "roofline" and row.ok and row.median_ms > 0
     assert (row.runs, row.cpu) == (0, "") and np.isnan(row.mad_ms) and np.isnan(row.load1)
     assert set(simulated.fingerprint).isdisjoint(measured.fingerprint)
-    assert cache.matching(cache.read(tmp_path), host.fingerprint("prunemap 0.1.0")).device.tolist() == ["host"]
+    assert cache.read(tmp_path).query("fingerprint == @host.fingerprint('prunemap 0.1.0')").device.tolist() == ["host"]
     with pytest.raises(ValueError, match="agree that a row is simulated"):
         schema.frame(simulated.assign(device="host"))
 

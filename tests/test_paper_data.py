@@ -137,7 +137,11 @@ def test_text_and_tables_agree_where_they_speak_of_the_same():
 def test_claims_have_a_schema(claims):
     assert list(claims.reset_index().columns) == COLUMNS and claims.index.is_unique
     assert claims["source"].map(SOURCE.fullmatch).notna().all()
-    assert claims["notebook"].str.fullmatch(r"00_tour|(map|nps)_(fig|tab)\d+(_tab\d+)?_[a-z0-9_]+|nps_autotune").all()
+    assert (
+        claims["notebook"]
+        .str.fullmatch(r"00_tour|break_even|(map|nps)_(fig|tab)\d+(_tab\d+)?_[a-z0-9_]+|nps_autotune")
+        .all()
+    )
     assert (claims[["claim", "metric"]] != "").all().all()
     assert claims["scope"].isin(["any", "host", "cifar", "imagenet", *OUT_OF_REACH]).all()
     assert claims["threshold_from"].isin(["text", "printed", "ours"]).all()

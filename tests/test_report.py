@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import CLAIMS_HEADER
 
-from nbs_lib.report import Claims, bars, heat, label, lines, save, style, write_index
+from nbs_lib.report import Claims, bars, label, lines, save, style, write_index
 from nbs_lib.report.claims import CRITERIA, VERDICTS
 from nbs_lib.report.figures import COLOURS
 
@@ -187,24 +187,6 @@ def test_unlabelled_or_invented_provenance_is_refused():
         bars(frame, "x", "ms")
     with pytest.raises(ValueError, match="provenance"):
         lines(frame.drop(columns="provenance"), "x", "ms")
-
-
-@pytest.mark.parametrize("shape", [(7, 13), (1, 1), (3, 5, 3, 3), (2, 2, 1, 1), (0, 4), (400, 3, 3, 3)])
-def test_heat_draws_masks_and_weights_of_any_shape(rng, shape):
-    ax = heat(rng.random(shape) > 0.5, ax=plt.figure().add_subplot(), title="mask")
-    ax.figure.canvas.draw()
-    if 0 not in shape:
-        height, width = (shape[0], shape[1]) if len(shape) == 2 else (shape[0] * shape[2], shape[1] * shape[3])
-        assert ax.images[0].get_array().shape == (height, width)
-
-
-def test_heat_lays_kernels_out_as_a_grid():
-    weight = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
-    drawn = heat(-weight, ax=plt.figure().add_subplot()).images[0].get_array()
-    for p, q, kh, kw in np.ndindex(weight.shape):
-        assert drawn[p * 2 + kh, q * 2 + kw] == weight[p, q, kh, kw]
-    with pytest.raises(ValueError, match="2 or 4 dimensions"):
-        heat(np.zeros(3))
 
 
 def test_the_page_shows_figures_tables_claims_and_failures(checkout):

@@ -35,7 +35,7 @@ def _common(step: Step, x: Planar | Flat, out: Planar | Flat, residual: list) ->
 
 def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> list[Tiled]:
     """Groups of filters that share a column list, one part per group size."""
-    operation, tiling = step.operation, step.tiling
+    operation, tiling, step.fills = step.operation, step.tiling, True
     matrix = operation.weight.reshape(layer.P, -1)
     per_group = layer.P // layer.groups
     taps, channel = tap_offsets(layer, x).ravel(), channel_distance(layer, x)
@@ -91,6 +91,7 @@ def depthwise(step: Step, threads: int, layer, x: Planar, out: Planar, residual:
         stride, tiles, rows, mask = 1, ends[vectors] // vectors, 1, out.flat_mask()
     else:
         stride, vectors, tiles, rows, mask = 2, 1, -(-out.W // out.width), out.H, out.row_mask()
+    step.fills = stride == 1
     source = np.arange(layer.P) // (layer.P // layer.groups)
     fields = _common(step, x, out, residual) | {
         "weights": step.hold(step.operation.weight), "bias": step.hold(step.operation.bias), "mask": step.hold(mask),
@@ -130,7 +131,7 @@ def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -
 
 def pointwise(step: Step, threads: int, x: Planar, out: Planar, other: list[Planar], factor) -> list[Launch]:
     """One pass over images: what no convolution could take over. `other` is added, `factor` multiplied."""
-    node, operation = step.operation.node, step.operation
+    node, operation, step.fills = step.operation.node, step.operation, True
     words, scalar = operation.epilogue, node.attrs.get("scalar")
     scale, shift = np.ones(x.C, np.float32), np.zeros(x.C, np.float32)
     if node.op == "affine":

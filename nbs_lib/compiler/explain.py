@@ -16,16 +16,7 @@ COLUMNS = [
     "weight_bytes", "activation_bytes", "kernel", "tile", "dense_ms", "sparse_ms", "timed", "chosen", "why",
 ]  # fmt: skip
 FAR = 2**20  # bytes: larger arrays come from memory or a cache that is shared
-
-
-@cache
-def _peak() -> float:
-    return peak_gmacs()
-
-
-@cache
-def _bandwidth() -> float:
-    return bandwidth_gbs()
+_peak, _bandwidth = cache(peak_gmacs), cache(bandwidth_gbs)  # once per process
 
 
 def explain(net) -> pd.DataFrame:

@@ -8,6 +8,7 @@ A `Flat` value is one contiguous vector per image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,7 @@ class Planar:
     pad_w: int = 0
     lattice: Lattice = None
     buffer: np.ndarray = None
+    shared: bool = False  # other values overwrite its zeros: they are written anew in every run
 
     def __post_init__(self):
         self.lattice = Lattice([self])
@@ -78,8 +80,8 @@ class Planar:
 
     @property
     def key(self) -> tuple:
-        """Values with equal keys have their zeros at the same places: they may take turns in one buffer."""
-        return ("planar", self.H, self.W, self.row, self.plane, self.guard)
+        """Values with equal keys have their zeros at the same places of their memory."""
+        return (self.H, self.W, self.row, self.plane, self.guard)
 
     @property
     def floats(self) -> int:
@@ -114,13 +116,12 @@ class Flat:
     images: int
     size: int
     buffer: np.ndarray = None
+    shared: bool = False
 
     def fix(self) -> None:
         self.image = self.size if self.images == 1 else round_up(self.size, LINE)
 
-    @property
-    def key(self) -> tuple:
-        return ("flat",)
+    key = ()
 
     @property
     def floats(self) -> int:
@@ -142,23 +143,34 @@ def aligned(floats: int) -> np.ndarray:
     return raw[skip : skip + floats]
 
 
-def place(values: list[Planar | Flat], lives: dict[int, tuple[int, int]]) -> list[np.ndarray]:
-    """Give every value a buffer; `lives` maps id(value) to (first, last) step. Values that never meet share one."""
-    pools: dict[tuple, list[list]] = {}  # key -> [last step, floats, values]
-    for value in sorted(values, key=lambda v: lives[id(v)][0]):
-        first, last = lives[id(value)]
-        slots = pools.setdefault(value.key, [])
-        free = [slot for slot in slots if slot[0] < first]
-        slot = max(free, key=lambda s: s[1], default=None)
-        if slot is None:
-            slots.append([last, value.floats, [value]])
-        else:
-            slot[0], slot[1] = last, max(slot[1], value.floats)
-            slot[2].append(value)
-    buffers = []
-    for slots in pools.values():
-        for _, floats, members in slots:
-            buffers.append(aligned(floats))
-            for value in members:
-                value.buffer = buffers[-1]
-    return buffers
+def place(values: list[Planar | Flat], lives: dict[int, tuple[int, int]]) -> np.ndarray:
+    """Give every value its part of one block of memory, the smaller of two greedy arrangements; returns the block.
+
+    `lives` maps id(value) to (first, last) step: values that never meet may lie at the same place.
+    """
+
+    def arrange(order: Callable) -> list[tuple[int, int, Planar | Flat]]:
+        """(begin, end, value), each as low as it fits beside those before it."""
+        placed = []
+        for value in sorted(values, key=order):
+            (first, last), begin, size = lives[id(value)], 0, round_up(value.floats, LINE)
+            for start, end, other in sorted(placed, key=lambda entry: entry[0]):
+                if lives[id(other)][0] <= last and first <= lives[id(other)][1]:
+                    if begin + size <= start:
+                        break
+                    begin = max(begin, end)
+            placed.append((begin, begin + size, value))
+        return placed
+
+    def height(placed: list) -> int:
+        return max((end for _, end, _ in placed), default=0)
+
+    by_life = arrange(lambda value: lives[id(value)][0] - lives[id(value)][1])
+    placed = min(arrange(lambda value: -value.floats), by_life, key=height)
+    block = aligned(height(placed))
+    for begin, end, value in placed:
+        value.buffer = block[begin : begin + value.floats]
+        value.shared = any(
+            start < end and begin < stop and (start, other.key) != (begin, value.key) for start, stop, other in placed
+        )
+    return block

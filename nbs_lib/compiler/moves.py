@@ -84,3 +84,11 @@ def cat(step: Step, threads: int, parts: list[Planar], out: Planar) -> list[Laun
         launch.fields["out"] += 4 * channel * out.plane
         channel += part.C
     return launches
+
+
+def clear(threads: int, x: Planar, filled: bool) -> Launch:
+    """Make the zeros around `x` again, whose memory other values have used; between its rows, too, unless `filled`."""
+    lines = {"rows": 1, "row": 4 * x.vectors * x.width, "width": 4 * x.vectors * x.width}
+    lines = lines if filled else {"rows": x.H, "row": 4 * x.row, "width": 4 * x.W}
+    fields = {"out": x.address, "guard": 4 * x.guard, "plane": 4 * x.plane} | lines
+    return Launch(kernels.clear_kernel(), whole(threads, 0, x.images * x.C), fields)

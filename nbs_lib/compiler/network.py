@@ -52,8 +52,6 @@ class Network:
         self._place()
         self._assemble()
 
-    # -- building --------------------------------------------------------------------------------------------------
-
     def _place(self) -> None:
         lives = {id(value): [len(self.steps), -1] for value in self._values}
         for i, step in enumerate(self.steps):
@@ -67,7 +65,7 @@ class Network:
         for value in self._values:
             if isinstance(value, Planar):
                 value.lattice = None  # distances are settled; a cycle of references would keep the memory
-        self._buffers = place(self._values, lives)
+        self._memory = place(self._values, lives)
 
     def _assemble(self) -> None:
         """One table of function and argument addresses; Python takes over where PyTorch is needed."""
@@ -102,8 +100,6 @@ class Network:
         step.emit = None
         if step.chosen in ("sparse", "dense"):
             step.operation.weight = step.operation.bias = None
-
-    # -- running ---------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs):
         """The model's output for `inputs` (shapes of `example_inputs`): NumPy in, NumPy out; torch in, torch out."""
@@ -172,8 +168,6 @@ class Network:
                 # NumPy copies on the calling thread alone; PyTorch would wake its own threads for large values.
                 values[name] = torch.from_numpy(np.array(value.view(), order="C").reshape(self._shapes[name]))
 
-    # -- telling ---------------------------------------------------------------------------------------------------
-
     def explain(self) -> pd.DataFrame:
         """One row per step: see `compiler.explain.explain`."""
         return explain(self)
@@ -240,7 +234,7 @@ class Network:
             "dense": 4 * sum(layer.params for layer in self.graph.layers.values()),
             "packed": sum(step.weight_bytes for step in self.steps),
             "index": sum(step.index_bytes for step in self.steps),
-            "activations": sum(buffer.nbytes for buffer in self._buffers),
+            "activations": self._memory.nbytes,
         }
 
     def __repr__(self) -> str:

@@ -33,8 +33,6 @@ class Planner:
             if operation.node.op not in ("input", "constant"):
                 self._operation(operation)
 
-    # -- forms -----------------------------------------------------------------------------------------------------
-
     def _new(self, name: str, value: Planar | Flat) -> Planar | Flat:
         self.forms[name, "planar" if isinstance(value, Planar) else ("flat", value.images)] = value
         self.values.append(value)
@@ -72,8 +70,6 @@ class Planner:
         if name in self.objects:
             return {}
         return {name: next(value for (key, _), value in self.forms.items() if key == name)}
-
-    # -- operations ------------------------------------------------------------------------------------------------
 
     def _operation(self, operation: Operation) -> None:
         node, name = operation.node, operation.output.name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from nbs_lib.compiler.layout import Planar
+from nbs_lib.compiler.moves import clear
 from nbs_lib.compiler.packing import cut, share
 from nbs_lib.compiler.steps import Launch, Ranges, Step, Tiled
 
@@ -26,7 +28,10 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
     if step.kernels and step.kernel not in ("copy", "phases"):  # moves keep the name of what they are for
         step.kernel = step.kernels[0]
     step.tile = " ".join(dict.fromkeys(tiles)) or step.tile
-    return launches[::-1] if reverse else launches
+    cleared = (
+        [clear(threads, x, step.fills) for x in step.writes if x.shared and isinstance(x, Planar)] if launches else []
+    )
+    return cleared + (launches[::-1] if reverse else launches)
 
 
 def balanced(threads: int, pieces, columns: np.ndarray, split: str | None = None) -> list[Ranges]:

@@ -85,6 +85,7 @@ class Step:
     emit: Callable[[], list[Launch] | list[Tiled]] | None = None
     exports: dict[str, Planar | Flat] = field(default_factory=dict)  # values PyTorch reads: name -> where they lie
     tiling: Tiling | None = None  # of a convolution
+    fills: bool = False  # writes the zeros between the rows of its result
     kernel: str = ""
     tile: str = ""
     launched: tuple[int, int] = (0, 0)  # its first launch in the program, and the end of them

@@ -44,12 +44,3 @@ class BCS(Packed):
     def inverse_order(self) -> np.ndarray:
         """Where each row of the weight lies among the packed rows, int32 (P,)."""
         return np.argsort(self.row_order).astype(np.int32)
-
-    def check(self) -> None:
-        rows, runs = np.arange(self.shape[0]), self.occurrence
-        holds = runs.size > 1 and runs[0] == 0 and runs[-1] == len(rows) and (runs[1:] > runs[:-1]).all()
-        self.expect("occurrence", f"to rise from 0 to {len(rows)}", holds)
-        self.expect_lists("column_stride", "compact_column", runs.size - 1)
-        offset = prefix(np.repeat(np.diff(self.column_stride), np.diff(runs)))
-        self.expect("row_offset", "to step by its run's columns", np.array_equal(self.row_offset, offset))
-        self.expect("row_order", "to permute the rows", np.array_equal(np.sort(self.row_order), rows))

@@ -25,6 +25,3 @@ class CSR(Packed):
         """Each row as (its number (1,), its columns, float32 block (1, columns))."""
         for row, (a, b) in enumerate(zip(self.row_offset[:-1], self.row_offset[1:], strict=True)):
             yield np.array([row]), self.column_index[a:b], self.weights[None, a:b]
-
-    def check(self) -> None:
-        self.expect_lists("row_offset", "column_index", self.shape[0])

@@ -32,36 +32,6 @@ class Packed:
             weight.reshape(len(weight), -1)[np.ix_(rows, columns)] = block
         return weight
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Plain contiguous arrays by name, `shape` (int64) among them: what safetensors or `np.savez` take."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"shape": np.array(self.shape, np.int64)}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Packed":
-        """The inverse of `to_arrays`. ValueError naming the first array that is missing or does not fit the others."""
-        for name in (names := [f.name for f in fields(cls)]):
-            array, dtype = arrays.get(name), {"shape": np.int64, "weights": np.float32}.get(name, np.int32)
-            if array is None or array.ndim != 1 or array.dtype != dtype:
-                raise ValueError(f"Expected {name} to be 1-D {dtype.__name__}. Got {array!r}.")
-        packed = cls(tuple(arrays["shape"].tolist()), *(arrays[name] for name in names[1:]))
-        packed.expect("shape", "to be 2 or 4 positive sizes", len(packed.shape) in (2, 4) and min(packed.shape) > 0)
-        packed.check()
-        packed.expect("weights", "to be non-zeros", packed.nnz == packed.row_offset[-1] and packed.weights.all())
-        return packed
-
-    def expect(self, name: str, rule: str, holds) -> None:
-        if not holds:
-            raise ValueError(f"Expected {name} {rule}. Got {getattr(self, name)!r}.")
-
-    def expect_lists(self, starts: str, columns: str, count: int) -> None:
-        start, column, width = getattr(self, starts), getattr(self, columns), math.prod(self.shape[1:])
-        ends = start.size == count + 1 and start[0] == 0 and start[-1] == column.size
-        self.expect(starts, f"to go 0 to {column.size} in {count} steps", ends and (start[1:] >= start[:-1]).all())
-        rises = np.diff(column, prepend=-1) > 0
-        rises[start[start < column.size]] = True
-        rises &= (column >= 0) & (column < width)
-        self.expect(columns, f"to rise within each row and to lie in 0..{width - 1}", rises.all())
-
 
 def as_matrix(weight: np.ndarray) -> np.ndarray:
     """A float32 weight (P, Q) or (P, Q, Kh, Kw) as (P, Q*Kh*Kw). ValueError for anything else, empty or above 2^31."""

@@ -11,6 +11,7 @@ FIELDS = (
     "x", "out", "images", "x_image", "out_image", "x_plane", "out_plane", "x_row", "out_row",
     "rows", "columns", "h_first", "w_first", "h_step", "height", "width",
 )  # fmt: skip
+CLEAR_FIELDS = ("out", "guard", "plane", "rows", "row", "width")
 POINTWISE_FIELDS = (
     "x", "out", "residual", "scale", "shift", "factor", "mask", "bounds",
     "images", "x_image", "out_image", "residual_image", "factor_image",
@@ -81,6 +82,17 @@ def source(step: int, per: int) -> str:
             f"                    store(t + 4 * last, odd(load(q - 4), load(q + {4 * per - 4})))",
         ]
     return "\n".join(text)
+
+
+@cache
+def clear_kernel() -> Kernel:
+    """Zeros before, between and behind the rows of all channels (groups); what lies `guard` bytes before the first."""
+    text = ["for place in range(out - guard, out if group_begin == 0 else out - guard, 4):"]
+    text += ["    store_float(place, float32(0))", "for group in range(group_begin, group_end):"]
+    text += ["    start = out + group * plane", "    for line in range(start, start + rows * row, row):"]
+    text += ["        for place in range(line + width, line + row, 4):", "            store_float(place, float32(0))"]
+    text += ["    for place in range(start + rows * row, start + plane, 4):", "        store_float(place, float32(0))"]
+    return build("clear", "\n".join([*header(CLEAR_FIELDS), *("    " + line for line in text)]), CLEAR_FIELDS, width())
 
 
 @cache

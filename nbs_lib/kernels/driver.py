@@ -14,12 +14,10 @@ clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32,
 
 
 def run(order, thread):
-    """Run a program's part as thread `thread`; `order`: address of int64 ORDER.
+    """Run a program's part as thread `thread`; `order`: address of the eight int64 below.
 
-    `functions`, `arguments`, `joins`: addresses of int64 arrays, per launch: addresses of both, and 1 where all threads
-    must have finished before the next one. `counter`: address of an int64, zero at the start of the run, that the
-    threads count their arrivals in. `times`: 0, or the address of two timespecs per launch, its start and end, which
-    thread 0 fills.
+    `functions`, `arguments`, `joins`: int64 per launch, addresses, and 1 where all threads must be done before the
+    next. `counter`: an int64, zero at first, for their arrivals. `times`: 0, or two timespecs per launch for thread 0.
     """
     functions, arguments, joins = load_int64(order), load_int64(order + 8), load_int64(order + 16)
     begin, end, threads = load_int64(order + 24), load_int64(order + 32), load_int64(order + 40)
@@ -42,7 +40,6 @@ def run(order, thread):
             clock_gettime(MONOTONIC, times + 32 * launch + 16)
 
 
-ORDER = ("functions", "arguments", "joins", "begin", "end", "threads", "counter", "times")
 run = cached(njit("void(int64, int64)", nogil=True, cache=True), run)
 
 

@@ -138,7 +138,7 @@ def atomic_load(typing, address):
 def operations(width: int) -> SimpleNamespace:
     """Operations on vectors of `width` float32; every name is about one machine instruction.
 
-    `load_mask` reads int32 lanes (not 0: true); `store_kept` writes those lanes and leaves zeros in the others zero;
+    `load_mask` reads int32 lanes (not 0: true); `store_kept` writes those lanes, and zeros into the others;
     `even` and `odd` take every second lane of two vectors, `slide<n>` the lanes from n on; `total` sums the lanes.
 
     NaN passes through `maximum(x, bound)` and `minimum(x, bound)` when it is in `x`, as in PyTorch's clamp.
@@ -228,14 +228,7 @@ def operations(width: int) -> SimpleNamespace:
     @intrinsic
     def store_kept(typing, address, value, mask):
         def codegen(context, builder, signature, args):
-            target = _pointer(builder, args[0], register)
-            if width == 16:  # AVX-512 stores under a mask for free
-                pointer, predicate = register.as_pointer(), truth.register
-                kind = ir.FunctionType(ir.VoidType(), [register, pointer, INT, predicate])
-                masked = builder.module.declare_intrinsic(f"llvm.masked.store.v{width}f32.p0", fnty=kind)
-                builder.call(masked, [args[1], target, INT(4), args[2]])
-            else:
-                builder.store(builder.select(args[2], args[1], zero), target, align=4)
+            builder.store(builder.select(args[2], args[1], zero), _pointer(builder, args[0], register), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, vector, truth), codegen

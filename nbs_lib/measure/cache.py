@@ -59,8 +59,3 @@ def append(path: str | Path, rows) -> Path:
         old += b"\n" if old and not old.endswith(b"\n") else b""
         paths.write_atomic(path, old + (("" if headed else f"{HEADER}\n") + text.getvalue()).encode())
     return path
-
-
-def matching(rows: pd.DataFrame, fingerprint: str) -> pd.DataFrame:
-    """The good rows that this very CPU and engine gave (see `host.fingerprint`)."""
-    return rows[(rows.fingerprint == fingerprint) & rows.ok]

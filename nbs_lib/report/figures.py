@@ -23,23 +23,6 @@ def label(rows: pd.DataFrame, cached: bool = False) -> pd.DataFrame:
     return rows.assign(provenance=[known.get(device.partition(":")[0], "phone") for device in rows["device"]])
 
 
-def heat(mask: np.ndarray, ax: plt.Axes | None = None, title: str = "") -> plt.Axes:
-    """Draw a mask, or the magnitudes of weights: (P, Q), or (P, Q, Kh, Kw) as a grid of P x Q kernels."""
-    ax, mask = ax or plt.gca(), np.abs(np.asarray(mask, dtype=float))
-    if mask.ndim not in (2, 4):
-        raise ValueError(f"Expected an array with 2 or 4 dimensions. Got shape {mask.shape}.")
-    p, q, kh, kw = *mask.shape[:2], *(mask.shape[2:] or (1, 1))
-    if mask.size:
-        grid = mask.reshape(p, q, kh, kw).transpose(0, 2, 1, 3).reshape(p * kh, q * kw)
-        ax.imshow(grid, cmap="Blues", vmin=0, interpolation="nearest")
-    ax.grid(False)
-    ax.set(title=title, xlabel=f"{q} input channels", ylabel=f"{p} filters", xticks=[], yticks=[])
-    if kh * kw > 1 and max(p * kh, q * kw) <= 300:
-        ax.vlines(np.arange(1, q) * kw - 0.5, -0.5, p * kh - 0.5, color="#999999", linewidth=0.4)
-        ax.hlines(np.arange(1, p) * kh - 0.5, -0.5, q * kw - 0.5, color="#999999", linewidth=0.4)
-    return ax
-
-
 def bars(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
     """Draw bars of `y` over the categories `x`, a series per provenance (and value of `by`); NaN leaves a gap."""
     ax = _draw(sns.barplot, frame, x, y, by, ax, saturation=1)
