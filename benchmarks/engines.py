@@ -164,7 +164,7 @@ def here(fn: Callable) -> Callable[[int], float]:
     return sample
 
 
-def alternate(samplers: dict[str, Callable], rounds=20, warmup=3, settle=1) -> tuple[clock.Comparison, dict[str, str]]:
+def alternate(samplers: dict[str, Callable], rounds=20, warmup=3, settle=3) -> tuple[clock.Comparison, dict[str, str]]:
     """`clock.alternate` for samplers (settle -> ms): same lock, same order. And {name: error} of those that failed."""
     samples, errors = {name: [] for name in samplers}, {}
     with clock.lock():

@@ -48,15 +48,17 @@ def output(model: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
         return model(x).numpy()
 
 
-def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engines: list[str]) -> pd.DataFrame:
+def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engines: list[str], dense: bool):
     torch.manual_seed(0)
     model, x = build(name).eval(), torch.randn(1, 3, 224, 224)
     array, mapping = x.numpy(), mapping_of(nbs.trace(model, x), name, kind)
     samplers, workers, versions, errors = {}, {}, {}, {}
     with clock.pin(threads), contextlib.ExitStack() as closing:
         for peer in peers:
-            dense = PEERS[peer](model, x, threads)
-            versions[peer], samplers[peer] = dense.version, here(functools.partial(dense, array))
+            engine = PEERS[peer](model, x, threads)
+            versions[peer], samplers[peer] = engine.version, here(functools.partial(engine, array))
+        if dense:
+            samplers["ours, dense"] = here(functools.partial(nbs.compile(model, x, threads=threads), array))
 
         def start(label: str, engine: str, onnx: bytes, wanted: np.ndarray) -> None:
             try:
@@ -83,9 +85,12 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engin
             samplers["ours, 1 thread"] = here(functools.partial(single, array))
         peak = peak_gmacs()
         comparison, failed = alternate(samplers, rounds)
-        peak = max(peak, peak_gmacs())
-    conv = [layer for layer in net.graph.layers.values() if layer.kind != "linear"]
-    reached = sum(layer.params for layer in conv) / sum(layer.nnz for layer in conv)
+        with clock.lock():
+            steps_ms = np.median(net.times(array, runs=rounds), axis=0)
+        peak = max(peak, peak_gmacs()) * threads
+    steps = net.explain()
+    done, conv = (steps["effective_macs"] - steps["removed_macs"]) / 1e6, (steps["op"] == "conv2d").to_numpy()
+    kept, size = sum(layer.nnz for layer in net.graph.layers.values()), net.bytes
     rows = []
     for label, timing in comparison.timings.items():
         ratio, low, high = comparison.ratio(label, "ours")
@@ -95,10 +100,12 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engin
         if label in workers:
             row["idle_ms"] = workers[label].idle_ms / (rounds + 1)
         if label == "ours":
-            row |= {"rate": RATES[name] if kind == "uniform" else REMAINING[name][0], "reached": reached}
-            row |= {"effective_mmacs": net.effective_macs / 1e6, "fallback_macs": net.fallback_macs}
-            row |= {"share_of_peak": net.effective_macs / timing.median_ms / 1e6 / (peak * threads)}
-            row |= {"kernels": net.functions}
+            row |= {"rate": RATES[name] if kind == "uniform" else REMAINING[name][0], "reached": net.graph.rates().conv}
+            row |= {"effective_mmacs": done.sum(), "fallback_macs": net.fallback_macs, "kernels": net.functions}
+            row |= {"share_of_peak": done.sum() / timing.median_ms / peak}
+            row |= {"conv_share": done[conv].sum() / steps_ms[conv].sum() / peak, "peak_gmacs": peak}
+            row |= {"packed": size["packed"] / kept / 4, "index": size["index"] / kept / 4}
+            row |= {"activation_mb": size["activations"] / 1e6}
         rows.append(row)
     for label, text in (errors | failed).items():
         rows.append({"network": name, "engine": label, "threads": threads, "mapping": kind, "error": text})
@@ -108,7 +115,7 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engin
 def verdict(table: pd.DataFrame) -> str:
     """One network's rows in one line: the fastest dense peer and DeepSparse on the pruned weights, over ours."""
     rows = table.dropna(subset="median_ms").set_index("engine")
-    dense = rows.drop(["ours", "ours, 1 thread", "deepsparse, pruned"], errors="ignore")
+    dense = rows.drop(["ours", "ours, dense", "ours, 1 thread", "deepsparse, pruned"], errors="ignore")
     ahead = {"fastest dense peer": dense["median_ms"].idxmin()} if len(dense) else {}
     ahead |= {"on our weights": "deepsparse, pruned"} if "deepsparse, pruned" in rows.index else {}
     parts = [
@@ -127,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--engines", nargs="*", default=[], choices=list(REQUIREMENTS), help="in their own processes")
+    parser.add_argument("--dense", action="store_true", help="our dense network, too")
     parser.add_argument("--csv", help="also write the rows there")
     args = parser.parse_args()
     pd.set_option("display.width", 220, "display.max_columns", 30)
@@ -136,7 +144,7 @@ def main() -> None:
     if unknown:
         parser.error(f"the papers state remaining MACs for {', '.join(known)} only, not for {', '.join(unknown)}")
     for name in args.networks or known:
-        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers, args.engines))
+        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers, args.engines, args.dense))
         print(tables[-1].round(3).to_string(index=False, na_rep=""))
         print(verdict(tables[-1]) + "\n", flush=True)
     if args.csv:
