@@ -78,6 +78,8 @@ def _describe(step: Step, matrix: np.ndarray, computed: int) -> None:
         step.why = f"computes {computed / matrix.size:.1%} of the weights, {kept / matrix.size:.1%} are not zero"
     elif kept == matrix.size:
         step.why = "no zeros"
+    elif step.tiling and step.tiling.dense:
+        step.why = "computing the zeros was faster when timed"
     else:
         step.why = f"the zeros ({1 - kept / matrix.size:.0%}) share no structure that pays"
 
@@ -112,7 +114,10 @@ def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -
     operation, lanes = step.operation, linear_kernels.lanes()
     filters = pack_filters(operation.weight, jit.width())
     shared = pack_neighbours(operation.weight, lanes)
-    own = filters is not None and linear_cost(filters, own=True) < linear_cost(shared, own=False)
+    costs = [linear_cost(operation.weight.size, 4 * operation.weight.size // lanes, lanes)]  # dense, shared, own
+    costs += [linear_cost(shared[2].size, 4 * shared[1].size, lanes)]
+    costs += [linear_cost(filters[2].size, filters[1].nbytes, None) if filters else np.inf]
+    own, step.cycles = costs[2] < costs[1], np.array([costs[0], min(costs[1:])]) * x.images
     begins, columns, weights = filters if own else shared
     lanes = jit.width() if own else lanes
     kernel = (linear_kernels.gathered if own else linear_kernels.kernel)(operation.epilogue)

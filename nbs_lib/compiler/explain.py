@@ -39,10 +39,9 @@ def explain(net) -> pd.DataFrame:
             channels = f"{left.Q * left.groups} of {layer.Q * layer.groups} channels"
             why = f"{left.P} of {layer.P} filters, {channels}; {why}"
         entry = net.record.entry(left, node.shape[0], net.threads) if step.tiling else None
-        if entry:
-            dense_ms, sparse_ms = entry["dense_ms"], entry["ms"]
-        else:  # cycles of a machine with two FMAs a cycle, as fast as this one
-            dense_ms, sparse_ms = step.cycles * 2 * width() / _peak() / 1e6 if step.cycles.any() else (np.nan,) * 2
+        # Without an entry: the model's cycles, of a machine with two FMAs a cycle, as fast as this one.
+        modelled = np.where(step.cycles, step.cycles * 2 * width() / _peak() / 1e6 / net.threads, np.nan)
+        dense_ms, sparse_ms = (entry["dense_ms"], entry["ms"]) if entry else modelled
         values = {
             "step": number, "layer": node.layer or node.module, "op": step.kernel if moves else node.op,
             "scheme": str(choice.scheme) if choice else "", "rate": layer.rate if layer else np.nan,

@@ -195,7 +195,7 @@ class Network:
         finally:
             self._times = None
         taken = np.diff(np.array(samples[1:]) @ (1e3, 1e-6), axis=2)[..., 0]
-        return np.array([taken[:, slice(*step.launched)].sum(axis=1) for step in self.steps]).T
+        return np.array([taken[:, slice(*step.launched)].sum(axis=1) for step in self.steps]).reshape(-1, runs).T
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""
@@ -261,8 +261,7 @@ def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=No
     `example_inputs`: a tensor or a tuple of them, float32 (or integers, for what reads integers). `threads`: cores a
     run may use. `mapping` only labels `explain()`: structure is read from the zeros, so networks pruned elsewhere are
     as fast. `tuning`: what `tune` has found on this machine is used; False: it is not; a path: that of another record.
-    Convolutions, linear layers, pooling and activations become kernels; the rest runs through PyTorch, and `explain()`
-    says so.
+    What is neither convolution, linear layer, pooling nor activation runs through PyTorch; `explain()` says so.
     """
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")

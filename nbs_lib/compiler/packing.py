@@ -16,8 +16,9 @@ from nbs_lib.kernels.vector import HOST_REGISTERS
 
 # Register tile (filters -> vectors of pixels): accumulators + inputs + one weight fit in the registers.
 TILES = {8: 3, 4: 6, 2: 8, 1: 16} if HOST_REGISTERS == 32 else {4: 3, 2: 4, 1: 8}
-# Cycles per column and pixel vector, two FMAs and two loads a cycle: max(filters / 2, (1.5 + filters / vectors) / 2).
-COST = {rows: max(rows / 2, (1.5 + rows / vectors) / 2) for rows, vectors in TILES.items()}
+# Cycles per column and pixel vector, fitted to measurements: two FMAs a cycle, but the load they share comes from the
+# second cache, often straddles two lines and takes more than a cycle.
+COST = {rows: max(rows / 2, 1.3 + rows / 10) for rows in TILES}
 LARGEST = max(TILES)
 # Fully connected layers: cycles to gather one input, bytes a near cache holds, bytes a cycle brings from memory.
 GATHER, NEAR, BYTES_PER_CYCLE = 0.9, 1 << 20, 6.0
@@ -127,11 +128,11 @@ def pack_filters(matrix: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray
     return begins, columns, weights
 
 
-def linear_cost(packed: tuple[np.ndarray, np.ndarray, np.ndarray], own: bool) -> float:
-    """Cycles of one image: those of the multiply-adds, or of reading from memory what no near cache holds."""
-    _, columns, weights = packed
-    size = weights.nbytes + (columns.nbytes if own else 4 * columns.size)
-    return max(weights.size * (GATHER if own else 1.3 / weights.shape[-1]), (size > NEAR) * size / BYTES_PER_CYCLE)
+def linear_cost(weights: int, index_bytes: int, lanes: int | None) -> float:
+    """Cycles of one image: those of the multiply-adds (`lanes` filters share a list; None: each gathers by its own), or
+    of reading from memory what no near cache holds."""
+    size = 4 * weights + index_bytes
+    return max(weights * (1.3 / lanes if lanes else GATHER), (size > NEAR) * size / BYTES_PER_CYCLE)
 
 
 @cache

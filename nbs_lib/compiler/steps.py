@@ -35,8 +35,7 @@ class Tiling:
 
     `rows`: most filters that share a column list. `vectors`: most registers of pixels in a tile. `block`, `fetch`,
     `unroll`: as in `kernels.conv`; None: what fits the caches, by the constants above. `split` among threads: by
-    "tiles", by "groups", or (None) what is more even. `dense`: compute the zeros, too (None: where the cost model says
-    so).
+    "tiles", by "groups", or (None) what is more even. `dense`: compute the zeros, too; None: as the cost model says.
     """
 
     rows: int = LARGEST

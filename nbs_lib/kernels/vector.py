@@ -175,7 +175,7 @@ def operations(width: int) -> SimpleNamespace:
             short = ir.VectorType(ir.IntType(16), width)
             loaded = builder.load(_pointer(builder, args[1], short))
             loaded.align = 2
-            if width == 16:
+            if width == 16 and llvm.get_host_cpu_features().get("avx512f"):
                 kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, truth.register, INT])
                 function = builder.module.declare_intrinsic("llvm.x86.avx512.mask.gather.dps.512", fnty=kind)
                 everywhere = ir.Constant(truth.register, [1] * width)
