@@ -720,3 +720,38 @@ def test_kernels_are_built_once_per_process():
     assert conv.kernel(1, 1, ()) is conv.kernel(1, 1, ())
     assert linear_kernels.kernel(()).source == linear_kernels.source((), 4 * linear_kernels.lanes())
     assert jit.width() == vector.host_width()
+
+
+INTERRUPTED = """
+import signal, time
+import torch
+import nbs_lib as nbs
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)]).eval()
+x = torch.randn(1, 16, 28, 28)
+net, armed, hits, end = nbs.compile(model, x, threads=2), False, 0, time.time() + 3
+want = net(x)
+
+
+def ring(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGALRM, ring)
+signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.00037)
+while time.time() < end:
+    try:
+        armed = True
+        while True:
+            assert torch.equal(net(x), want)
+    except KeyboardInterrupt:
+        armed, hits = False, hits + 1
+print(hits)
+"""
+
+
+def test_interrupts_at_any_moment_leave_the_threads_in_order():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) > 100, done.stderr

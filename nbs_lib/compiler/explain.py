@@ -24,7 +24,7 @@ def explain(net) -> pd.DataFrame:
 
     Rates, non-zeros and MACs are those of the layers as given; `removed_macs` is what of `effective_macs` went with
     whole filters and channels that change no output. `dense_ms`, `sparse_ms`: of a convolution's two kernels, `timed`
-    by tuning on this machine or else the cost model's; NaN where there is no choice.
+    by tuning on this machine or else the cost model's (two FMAs a cycle); NaN where there is no choice.
     """
     rows = []
     for number, step in enumerate(net.steps):
@@ -39,7 +39,6 @@ def explain(net) -> pd.DataFrame:
             channels = f"{left.Q * left.groups} of {layer.Q * layer.groups} channels"
             why = f"{left.P} of {layer.P} filters, {channels}; {why}"
         entry = net.record.entry(left, node.shape[0], net.threads) if step.tiling else None
-        # Without an entry: the model's cycles, of a machine with two FMAs a cycle, as fast as this one.
         modelled = np.where(step.cycles, step.cycles * 2 * width() / _peak() / 1e6 / net.threads, np.nan)
         dense_ms, sparse_ms = (entry["dense_ms"], entry["ms"]) if entry else modelled
         values = {

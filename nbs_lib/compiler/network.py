@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -153,7 +154,8 @@ class Network:
             return
         self._counter[0] = 0
         tables = [table.ctypes.data for table in (self._functions, self._arguments, self._joins)]
-        clock = self._times.ctypes.data if self._times is not None else 0
+        times = self._times  # of another thread's `times`, perhaps: held until the run is over
+        clock = times.ctypes.data if times is not None else 0
         order = [*tables, segment.begin, segment.end, self.threads, self._counter.ctypes.data, clock]
         order = np.array(order, np.int64)
         if self.threads == 1:
@@ -267,5 +269,7 @@ def compile(model: torch.nn.Module, example_inputs, threads: int = 1, mapping=No
         raise ValueError(f"Expected threads to be a positive int. Got {threads!r}.")
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     inputs = tuple(_tensor(value, number) for number, value in enumerate(inputs))
+    if not isinstance(tuning, bool | str | Path) or tuning == "":
+        raise ValueError(f"Expected tuning to be True, False or the path of a record. Got {tuning!r}.")
     record = Fixed() if tuning is False else Record(None if tuning is True else tuning)
     return Network(trace(model, inputs), inputs, threads, mapping, record)

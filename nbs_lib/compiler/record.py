@@ -9,6 +9,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
+from filelock import FileLock
 
 from nbs_lib.compiler.packing import TILES
 from nbs_lib.compiler.steps import Tiling
@@ -42,7 +43,7 @@ class Record(Fixed):
         try:
             found = json.loads(self.path.read_text()) if self.path.exists() else {}
             entries = found.items() if isinstance(found, dict) else [("the file", found)]
-        except ValueError as error:
+        except (ValueError, OSError, RecursionError) as error:
             entries = [("the file", str(error))]
         for key, entry in entries:
             if _sound(entry):
@@ -62,15 +63,17 @@ class Record(Fixed):
 
     def save(self, key: str, entry: dict) -> None:
         """Write one entry, atomically, beside what is in the file by now."""
-        self.entries = Record(self.path).entries | {key: entry}
-        write_atomic(self.path, json.dumps(self.entries, indent=1))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            self.entries = Record(self.path).entries | {key: entry}
+            write_atomic(self.path, json.dumps(self.entries, indent=1))
 
 
 def _sound(entry) -> bool:
     try:
         times = [entry["ms"], entry["default_ms"], entry["dense_ms"], *entry["trials"].values()]
         t = Tiling(**entry["tiling"])
-        counts = all(type(n) is int and n > 0 for n in (t.rows, t.vectors, t.unroll, 1 if t.block is None else t.block))
+        counts = all(type(n) is int and 0 < n <= 64 for n in (t.vectors, t.unroll, 1 if t.block is None else t.block))
         words = t.fetch in (None, *FETCHES) and t.split in (None, "tiles", "groups") and t.dense in (None, True, False)
         return all(0 < ms < math.inf for ms in times) and counts and words and t.rows in TILES
     except (TypeError, KeyError, AttributeError):

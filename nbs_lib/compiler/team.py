@@ -20,7 +20,7 @@ class Team:
     def __init__(self, threads: int):
         self.lock = threading.Lock()
         self.board = np.zeros(3, np.int64)  # ticket, address of the order, helpers that are done
-        self.asleep = [False] * threads
+        self.wanted, self.asleep = False, [False] * threads
         self.calls = [queue.SimpleQueue() for _ in range(threads)]
         for number in range(1, threads):
             threading.Thread(target=self._serve, args=(number,), daemon=True, name=f"prunemap-{number}").start()
@@ -29,20 +29,23 @@ class Team:
         seen = 0
         while True:
             seen = driver.serve(self.board.ctypes.data, number, seen, PATIENCE)
-            self.asleep[number] = True  # before the next look: whoever posts first looks who sleeps only then
-            if self.board[0] == seen:
+            self.asleep[number] = True  # first this, then a look at `wanted`; a caller does it the other way round
+            if not self.wanted and self.board[0] == seen:
                 self.calls[number].get()
             self.asleep[number] = False
 
     def run(self, order: np.ndarray) -> None:
-        """Run an order (see `driver.run`) on all threads; Ctrl-C waits for its end."""
+        """Run an order (see `driver.run`) on all threads."""
         with self.lock:  # two networks take turns, or their threads would wait for each other for ever
-            self.board[1] = order.ctypes.data
-            driver.post(self.board.ctypes.data)
-            for calls, asleep in zip(self.calls, self.asleep, strict=True):
-                if asleep:
-                    calls.put(None)
-            driver.lead(self.board.ctypes.data, len(self.calls) - 1)
+            self.order, self.board[1] = order, order.ctypes.data
+            try:
+                self.wanted = True
+                for calls, asleep in zip(self.calls, self.asleep, strict=True):
+                    if asleep:
+                        calls.put(None)
+                driver.lead(self.board.ctypes.data, len(self.calls) - 1)  # nothing or all of it, whenever Ctrl-C comes
+            finally:
+                self.wanted = False
 
 
 @cache

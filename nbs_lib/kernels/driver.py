@@ -60,16 +60,9 @@ def serve(ticket, thread, seen, patience):
 serve = cached(njit("int64(int64, int64, int64, int64)", nogil=True, cache=True), serve)
 
 
-def post(ticket):
-    """Tell the helpers of the order at `ticket`; the caller keeps Python's lock, as `Team` needs it."""
-    fetch_add(ticket, 1)
-
-
-post = cached(njit("void(int64)", cache=True), post)
-
-
 def lead(ticket, helpers):
-    """Run the order at `ticket` as thread 0 and wait until all helpers are done."""
+    """Post the order at `ticket`, run it as thread 0 and wait until all helpers are done."""
+    fetch_add(ticket, 1)
     run(load_int64(ticket + 8), 0)
     spins = 0
     while atomic_load(ticket + 16) < helpers:

@@ -3,8 +3,6 @@
 Plain Numba loops leave the choice of registers to the auto-vectoriser and reach a fraction of the FMA peak. Here a
 register tile is written down explicitly: every name in a generated kernel is one hardware register.
 Addresses are int64 bytes, so that one kernel serves every array and the structure of a pruned layer is plain data.
-
-`operations(width)` returns the operations for vectors of `width` floats; `HOST_WIDTH` is what this CPU has.
 """
 
 from __future__ import annotations
