@@ -83,7 +83,9 @@ def test_record_round_trip(path):
         assert found.entry(spec, 1, 1) == entry() and found.tiling(spec, 1, 1) == TUNED
         assert found.tiling(spec, 1, 2) == Tiling(dense=True)  # the dense one was faster
         assert found.entry(spec, 2, 1) is None and found.tiling(spec, 2, 1) == Tiling()
-    assert json.loads(path.read_text()) == found.entries and list(path.parent.glob(".*")) == []
+    assert json.loads(path.read_text()) == found.entries and {file.suffix for file in path.parent.glob(".*")} <= {
+        ".lock"
+    }
 
 
 def test_a_record_keeps_what_others_have_written_since(path):
@@ -172,7 +174,7 @@ def test_records_of_another_version_are_left_alone(monkeypatch, tmp_path):
     assert Record().entries == {} and not compile(layer, X).explain().timed.any()
     Record().save("a", entry())
     monkeypatch.undo()
-    assert len([*(tmp_path / "cache" / "tuning").iterdir()]) == 2
+    assert len([*(tmp_path / "cache" / "tuning").glob("[!.]*")]) == 2
 
 
 def test_records_of_another_register_width_are_left_alone(monkeypatch):
