@@ -73,9 +73,8 @@ def _sound(entry) -> bool:
     try:
         times = [entry["ms"], entry["default_ms"], entry["dense_ms"], *entry["trials"].values()]
         t = Tiling(**entry["tiling"])
-        counts = t.block != 0 and all(
-            type(n) is int and 0 < n <= 64 for n in (t.rows, t.vectors, t.unroll, t.block or 1)
-        )
+        numbers = (t.rows, t.vectors, t.unroll, 1 if t.block is None else t.block)
+        counts = all(type(number) is int and 0 < number <= 64 for number in numbers)
         words = t.fetch in (None, *FETCHES) and t.split in (None, "tiles", "groups") and t.dense in (None, True, False)
         return all(0 < ms < math.inf for ms in times) and counts and words and t.rows in TILES
     except (TypeError, KeyError, AttributeError):

@@ -8,7 +8,6 @@ from nbs_lib.kernels.jit import cached
 from nbs_lib.kernels.vector import atomic_load, call, fetch_add, load_int64
 
 SPINS = 2_000  # looks at the counter before a waiting thread offers its core to others
-MONOTONIC = 1  # CLOCK_MONOTONIC
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
@@ -26,7 +25,7 @@ def run(order, thread):
     record = times != 0 and thread == 0
     for launch in range(begin, end):
         if record:
-            clock_gettime(MONOTONIC, times + 32 * launch)
+            clock_gettime(1, times + 32 * launch)  # 1: CLOCK_MONOTONIC
         call(load_int64(functions + 8 * launch), load_int64(arguments + 8 * launch), thread)
         if threads > 1 and load_int64(joins + 8 * launch):
             arrivals += threads
@@ -37,7 +36,7 @@ def run(order, thread):
                 if spins > SPINS:
                     sched_yield()
         if record:
-            clock_gettime(MONOTONIC, times + 32 * launch + 16)
+            clock_gettime(1, times + 32 * launch + 16)
 
 
 run = cached(njit("void(int64, int64)", nogil=True, cache=True), run)
