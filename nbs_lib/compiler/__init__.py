@@ -1,4 +1,4 @@
-"""Graph + zeros -> Network: fuse, shrink, lay out, pack, tune, run (mapping 4.3, NPS 3)."""
+"""Graph + zeros -> Network: shrink, fuse, lay out, pack, tune, run (mapping 4.3, NPS 3)."""
 
 from nbs_lib.compiler.network import Network, compile
 from nbs_lib.compiler.tuning import tune

@@ -54,7 +54,7 @@ def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> l
         begins = prefix(lengths)
         fields = common | {
             "weights": step.hold(weights), "columns": step.hold(int32(4 * np.pad(columns, (0, DISTANCE)))),
-            "begins": step.hold(int32(begins)), "planes": step.hold(int32(4 * filters * out.plane)),
+            "begins": step.hold(begins), "planes": step.hold(int32(4 * filters * out.plane)),
             "bias": step.hold(operation.bias[filters]),
         }  # fmt: skip
         part = Tiled(tiling, rows, operation.epilogue, fields, lengths, out.vectors, 4 * out.width, x.C, 4 * x.image)
@@ -124,7 +124,7 @@ def linear(step: Step, threads: int, x: Flat, out: Flat, residual: list[Flat]) -
     groups = len(begins) - 1
     fields = _common(step, x, out, residual) | {
         "weights": step.hold(weights), "columns": step.hold(columns if own else int32(4 * columns)),
-        "begins": step.hold(int32(begins)), "planes": step.hold(int32(4 * lanes * np.arange(groups))),
+        "begins": step.hold(begins), "planes": step.hold(int32(4 * lanes * np.arange(groups))),
         "bias": step.hold(np.pad(operation.bias, (0, lanes * groups - len(operation.bias)))),
     }  # fmt: skip
     ranges = [(0, 0, begin, end) for begin, end in share(np.diff(begins) + 1.0, threads)]

@@ -52,7 +52,7 @@ class Record(Fixed):
                 warnings.warn(f"skipped in the tuning record {self.path}: {key}, which no tuning wrote", stacklevel=3)
 
     def entry(self, layer: LayerSpec, images: int, threads: int) -> dict | None:
-        return self.entries.get(layer_key(layer, images, threads))
+        return self.entries.get(layer_key(layer, images, threads)) if self.entries else None
 
     def tiling(self, layer: LayerSpec, images: int, threads: int) -> Tiling:
         """The best tiling found for such a layer, dense where that was faster; the default if none is known."""

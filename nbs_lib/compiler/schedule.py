@@ -28,10 +28,8 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
     if step.kernels and step.kernel not in ("copy", "phases"):  # moves keep the name of what they are for
         step.kernel = step.kernels[0]
     step.tile = " ".join(dict.fromkeys(tiles)) or step.tile
-    cleared = (
-        [clear(threads, x, step.fills) for x in step.writes if x.shared and isinstance(x, Planar)] if launches else []
-    )
-    return cleared + (launches[::-1] if reverse else launches)
+    shared = [x for x in step.writes if launches and x.shared and isinstance(x, Planar)]
+    return [clear(threads, x, step.fills) for x in shared] + (launches[::-1] if reverse else launches)
 
 
 def balanced(threads: int, pieces, columns: np.ndarray, split: str | None = None) -> list[Ranges]:

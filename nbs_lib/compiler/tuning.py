@@ -54,7 +54,7 @@ def tune(
     work: dict[str, tuple[float, Node]] = {}  # layers that one tiling serves, with what they take together
     for ms, step in zip(times, net.steps, strict=True):
         if step.tiling is not None:
-            node = next(node for node in net.planned.nodes if node.name == step.operation.node.name)
+            node = step.operation.node
             key = layer_key(net.planned.layers[node.layer], node.shape[0], threads)
             work[key] = (work.get(key, (0, node))[0] + ms, node)
     left = sum(ms for ms, _ in work.values())
