@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import nbs_lib.models.torchvision_ops as torchvision_ops
-from nbs_lib.models import MODELS, build
+from nbs_lib.models import MODELS, build, load_checkpoint
 
-SMALL = ["vgg16_cifar", "resnet18_cifar", "resnet50_cifar", "mobilenet_v2_cifar", "resnet20", "resnet56"]
+SMALL = ["vgg16_cifar", "resnet18_cifar", "resnet50_cifar", "mobilenet_v2_cifar", "resnet20", "resnet32", "resnet56"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -28,6 +28,7 @@ def parameters(name, **options):
 
 def test_sizes_are_the_published_ones():
     assert parameters("resnet20") == 269_722  # He et al. 2016, table 6: 0.27 M
+    assert parameters("resnet32") == 464_154  # 0.46 M
     assert parameters("resnet56") == 853_018  # 0.85 M
     assert parameters("resnet18") == 11_689_512
     assert parameters("resnet50") == 25_557_032
@@ -56,13 +57,15 @@ def test_cifar_forms_keep_large_maps():
     assert maps(build("vgg16_cifar", width=0.25), 32) == [32] * 2 + [16] * 2 + [8] * 3 + [4] * 3 + [2] * 3
 
 
-def test_resnet20_has_the_keys_of_the_public_checkpoints():
-    state = build("resnet20").state_dict()
+@pytest.mark.parametrize("depth", [20, 32, 56])
+def test_resnets_have_the_keys_of_the_public_checkpoints(depth):
+    state = build(f"resnet{depth}").state_dict()
     assert state["conv1.weight"].shape == (16, 3, 3, 3)
     assert state["layer1.0.conv1.weight"].shape == (16, 16, 3, 3)
-    assert state["layer3.2.bn2.running_var"].shape == (64,)
+    assert state[f"layer3.{depth // 6 - 1}.bn2.running_var"].shape == (64,)
+    assert f"layer3.{depth // 6}.bn2.running_var" not in state
     assert state["linear.weight"].shape == (10, 64)
-    assert len(state) == 19 * 6 + 2
+    assert len(state) == (depth - 1) * 6 + 2
     assert not [key for key in state if "downsample" in key]
 
 
@@ -86,6 +89,56 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(KeyError, match="Expected a model's name, one of vgg16_cifar, .*resnet50.*Got 'resnet9'"):
         build("resnet9")
     assert set(SMALL) < set(MODELS)
+
+
+FORMS = {
+    "plain": lambda state: state,
+    "inside": lambda state: {"state_dict": state, "epoch": 7, "best_prec1": 92.6},
+    "training": lambda state: {"model": state, "optimizer": {"lr": 0.1}, "rows": []},
+    "parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "both": lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_load_in_their_usual_forms(tmp_path, form):
+    torch.manual_seed(0)
+    trained, model = build("resnet20", width=0.25), build("resnet20", width=0.25)
+    trained.bn1.running_mean.uniform_()
+    torch.save(FORMS[form](trained.state_dict()), tmp_path / "a.th")
+    parameter = model.conv1.weight
+    assert load_checkpoint(model, tmp_path / "a.th") is model and model.conv1.weight is parameter
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+WRONG = {
+    "another network": lambda path: torch.save(build("resnet32", width=0.25).state_dict(), path),
+    "another width": lambda path: torch.save(build("resnet20", width=0.5).state_dict(), path),
+    "a whole module": lambda path: torch.save(build("resnet20", width=0.25), path),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a number inside": lambda path: torch.save({"state_dict": 5}, path),
+    "nothing": lambda path: path.touch(),
+    "text": lambda path: path.write_text("<html>not found</html>"),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_checkpoint_of_the_network_is_named(tmp_path, kind):
+    WRONG[kind](tmp_path / "a.th")
+    with pytest.raises(ValueError, match=rf"Expected a checkpoint of Sequential. Got {tmp_path / 'a.th'}: "):
+        load_checkpoint(build("resnet20", width=0.25), tmp_path / "a.th")
+
+
+def test_truncated_and_missing_checkpoints_are_named(tmp_path):
+    model, path = build("resnet20", width=0.25), tmp_path / "a.th"
+    with pytest.raises(FileNotFoundError, match=f"Expected a checkpoint. Got {path}, which is not there"):
+        load_checkpoint(model, path)
+    torch.save(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f"Expected a checkpoint of Sequential. Got {path}: "):
+        load_checkpoint(model, path)
 
 
 def python(code, *paths):

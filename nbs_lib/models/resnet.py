@@ -62,6 +62,11 @@ def resnet20(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     return _resnet(BasicBlock, [3, 3, 3], 16 * width, PaddedShortcut, num_classes)
 
 
+def resnet32(num_classes: int = 10, width: float = 1.0) -> nn.Module:
+    """He et al.'s 32-layer CIFAR network, for (N, 3, 32, 32); `width` multiplies every layer's channels."""
+    return _resnet(BasicBlock, [5, 5, 5], 16 * width, PaddedShortcut, num_classes)
+
+
 def resnet56(num_classes: int = 10, width: float = 1.0) -> nn.Module:
     """He et al.'s 56-layer CIFAR network, for (N, 3, 32, 32); `width` multiplies every layer's channels."""
     return _resnet(BasicBlock, [9, 9, 9], 16 * width, PaddedShortcut, num_classes)
