@@ -18,14 +18,26 @@ from nbs_lib.schemes import Choice
 
 
 class Masks(dict):
-    """{layer: bool tensor of its weight's shape, True = kept}; also by layer, `choices` and convolution `groups`."""
+    """{layer: bool tensor of its weight's shape, True = kept}; also by layer, `choices` and convolution `groups`.
+
+    What trained them adds: `history` (DataFrame, a row per epoch) and, where a penalty set the rates, `energies`
+    ({layer: relative energies of its groups at the cut}) and `tau_rates` ({threshold: rate}, around the one used)."""
 
     def __init__(self, masks: dict, choices: dict[str, Choice], groups: dict[str, int]):
         super().__init__({layer: torch.as_tensor(mask, dtype=torch.bool) for layer, mask in masks.items()})
         self.choices, self.groups = choices, groups
+        self.history, self.energies, self.tau_rates = None, {}, {}
+
+    @property
+    def rate(self) -> float:
+        """Total / kept weights of all layers together; 1.0 without any."""
+        kept = sum(int(mask.sum()) for mask in self.values())
+        return sum(mask.numel() for mask in self.values()) / kept if kept else 1.0
 
     def summary(self, per_block: bool = False) -> pd.DataFrame:
-        """A row per layer, or per block of it: layer, scheme, [block,] rate (reached), kept, total, nominal_rate."""
+        """A row per layer: layer, scheme, rate (reached), kept, total, nominal_rate, bound (as in `bounds`, or "").
+
+        per_block: a row per block of it instead, with its number `block` and without `bound`."""
         rows = []
         for layer, mask in self.items():
             choice, kept = self.choices[layer], mask.cpu().numpy()
@@ -34,7 +46,21 @@ class Masks(dict):
             pairs = enumerate(zip(np.bincount(blocks[kept], minlength=len(totals)).tolist(), totals, strict=True))
             rows += [(layer, str(choice.scheme), b, t / k if k else np.inf, k, t, choice.rate) for b, (k, t) in pairs]
         table = pd.DataFrame(rows, columns=["layer", "scheme", "block", "rate", "kept", "total", "nominal_rate"])
-        return table if per_block else table.drop(columns="block")
+        bounds = {} if per_block else self.bounds()
+        return table if per_block else table.drop(columns="block").assign(bound=[bounds.get(k, "") for k in self])
+
+    def bounds(self) -> dict[str, str]:
+        """The layers at a bound, and which: "nothing pruned", or "all but the strongest group pruned"."""
+        found = {}
+        for layer, mask in self.items():
+            if mask.all():
+                found[layer] = "nothing pruned"
+            elif mask.any():
+                ids = self.choices[layer].scheme.groups(tuple(mask.shape), self.groups[layer])
+                alive = ids.reshape(-1, *mask.shape)[:, mask.cpu().numpy()]  # by family, of each weight kept
+                if (alive == alive[:, :1]).all(axis=1).any():
+                    found[layer] = "all but the strongest group pruned"
+        return found
 
     def apply(self, model: nn.Module) -> None:
         """Zero what is not kept, in place. Raises KeyError or ValueError for a layer or shape the model lacks."""
