@@ -8,12 +8,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "data": ["load_data", "Data"],
+    "train": ["fit", "evaluate"],
     "layers": ["trace", "Graph", "LayerSpec"],
     "schemes": ["Unstructured", "Filter", "Channel", "Pattern", "Block", "BlockPunched", "Choice"],
     "pruning": ["prune", "Masks"],
     "compiler": ["compile", "tune", "Network"],
     "measure": ["measure", "compare"],
     "mapping": ["Mapping", "uniform_mapping", "paper_mapping"],
+    "trained": ["accuracies", "Setting"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [*_HOME, "__version__"]

@@ -50,11 +50,7 @@ class Mapping(dict):
 
 
 def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict[str, Scheme], list[dict]]:
-    """Which layers of the graph get which scheme, and the row of every layer, with the reason where it gets none.
-
-    conv, linear: a scheme, or several of which the first legal one is taken, or None. Depthwise layers, stems (CONV
-    with fewer than 4 input channels) and ignored layers get none. Raises KeyError for an unknown ignored layer and
-    TypeError for what is no scheme."""
+    """Which layers of the graph get which scheme, as `uniform_mapping` says, and every layer's row for the report."""
     options = {"conv": _listed(conv), "linear": _listed(linear), "depthwise": ()}
     if unknown := set(ignored := set(ignored_layers)) - set(graph.layers):
         raise KeyError(f"Expected ignored_layers out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")

@@ -100,8 +100,8 @@ def compare(targets: dict, x=None, rounds=20, warmup=3, settle=1, cache=None, **
         raise ValueError(f"Expected targets with example_inputs of the same shapes. Got {shapes}.")
     with clock.lock():
         rows = {label: _attempt(target, host, inputs[label], 1, 0) for label, target in targets.items()}
-        good = [label for label, row in rows.items() if row.get("ok", True)]
-        calls = {label: functools.partial(targets[label], *inputs[label]) for label in good}
+        good = {label: target for label, target in targets.items() if rows[label].get("ok", True)}
+        calls = {label: functools.partial(target, *inputs[label]) for label, target in good.items()}
         with clock.pin(*threads):
             timings = clock.alternate(calls, rounds if calls else 0, warmup, settle=settle)
     taken = [row | (timings.timings[label].row() if label in calls else {}) for label, row in rows.items()]

@@ -45,11 +45,10 @@ def fingerprint(engine: str) -> str:
 
 def provenance(engine: str) -> dict:
     """Columns that say where a number comes from; `engine` as in "prunemap 0.1.0"; `cores`: CPUs of the machine."""
-    cores = os.cpu_count()
-    heat = [entry.current for group in getattr(psutil, "sensors_temperatures", dict)().values() for entry in group]
-    row = {"device": "host", "cpu": cpu_model(), "cores": cores, "fingerprint": fingerprint(engine)}
-    row |= {"load1": psutil.getloadavg()[0], "temperature_c": max(heat, default=None)}
     name, _, number = engine.partition(" ")
+    heat = [entry.current for group in getattr(psutil, "sensors_temperatures", dict)().values() for entry in group]
+    row = {"device": "host", "cpu": cpu_model(), "cores": os.cpu_count(), "fingerprint": fingerprint(engine)}
+    row |= {"load1": psutil.getloadavg()[0], "temperature_c": max(heat, default=None)}
     return row | {"engine": name, "engine_version": number}
 
 

@@ -10,16 +10,11 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-
-
-class PeerMissing(ImportError):
-    """A peer's package is not installed."""
+import torch
 
 
 def pytorch(model, example_inputs, threads: int = 1) -> Callable:
     """PyTorch eager. `example_inputs`: a tensor or a tuple of them. PyTorch's own thread count is restored."""
-    import torch
-
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for weight in model.parameters():
         weight[weight.abs() < 1e-30] = 0
@@ -41,12 +36,8 @@ def pytorch(model, example_inputs, threads: int = 1) -> Callable:
 
 def onnxruntime(model, example_inputs, threads: int = 1) -> Callable:
     """ONNX Runtime on the CPU, default optimisations. ValueError unless within 1e-4 of PyTorch's largest output."""
-    try:
-        import onnx  # noqa: F401  the exporter needs it
-        import onnxruntime as ort
-        import torch
-    except ImportError as error:
-        raise PeerMissing(f"Expected onnx and onnxruntime to be installed for this peer. Got: {error}.") from None
+    import onnxruntime as ort  # takes a while to load
+
     eager = pytorch(model, example_inputs, threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it announces its successor, which needs more packages

@@ -1,4 +1,7 @@
-"""The tidy schema of a measured row: settings are columns, failed points stay as rows with their error."""
+"""Tidy schemas of rows: settings are columns, failed points stay as rows with their error. That of measured rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -16,9 +19,34 @@ _TYPES |= dict.fromkeys(("rate", "reached_rate", "cv", "load1", "temperature_c")
 COLUMNS = {n: "float64" if n.endswith("_ms") else _TYPES.get(n, "Int64") for n in _ORDER.split(" ")}
 
 
-def _cell(name: str, value):
+@dataclass(frozen=True)
+class Schema:
+    """Columns (name -> dtype; the first is "schema", with the `version` to raise when they change, the last two are
+    "ok" and "error") and the `rules` of a row: {rule in words: whether it is met}."""
+
+    columns: dict[str, str]
+    rules: Callable[[dict], dict[str, bool]]
+    version: int = SCHEMA
+
+    def row(self, **values) -> dict:
+        """A complete row from some columns, values or text. KeyError: no such column; ValueError: a broken rule."""
+        if unknown := values.keys() - self.columns.keys():
+            raise KeyError(f"Expected columns among {', '.join(self.columns)}. Got {', '.join(sorted(unknown))}.")
+        values = {"schema": self.version, "ok": True} | values
+        row = {name: _cell(name, kind, values.get(name)) for name, kind in self.columns.items()}
+        rules = {f"schema {self.version}": row["schema"] == self.version} | self.rules(row)
+        if broken := [rule for rule, met in rules.items() if met is not True]:
+            raise ValueError(f"Expected {broken[0]}. Got { {name: row[name] for name in values} }.")
+        return row
+
+    def frame(self, rows) -> pd.DataFrame:
+        """A typed DataFrame of rows, dicts or a frame, each checked by `row`."""
+        records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
+        return pd.DataFrame([self.row(**row) for row in records], columns=list(self.columns)).astype(self.columns)
+
+
+def _cell(name: str, kind: str, value):
     """`value`, or the text it had in a file, as its column's type; text becomes one printable line."""
-    kind = COLUMNS[name]
     if (pd.isna(value) or value == "") and kind != "bool":
         return {"str": "", "float64": float("nan")}.get(kind, pd.NA)
     if kind == "str":
@@ -29,27 +57,16 @@ def _cell(name: str, value):
         raise ValueError(f"Expected {name} to be {kind}. Got {value!r}.") from None
 
 
-def make_row(**values) -> dict:
-    """A complete row from some columns, Python values or text. KeyError: no such column; ValueError: a broken rule."""
-    if unknown := values.keys() - COLUMNS.keys():
-        raise KeyError(f"Expected columns among {', '.join(COLUMNS)}. Got {', '.join(sorted(unknown))}.")
-    row = {name: _cell(name, ({"schema": SCHEMA, "ok": True} | values).get(name)) for name in COLUMNS}
+def _measured_rules(row: dict) -> dict[str, bool]:
     ok, runs, median_ms, device, seal = (row[n] for n in ("ok", "runs", "median_ms", "device", "fingerprint"))
     simulated = {device.startswith(SIMULATED), row["engine"] == ROOFLINE, seal.startswith(SIMULATED)}
-    rules = {
-        f"schema {SCHEMA}": row["schema"] == SCHEMA,
+    return {
         "a device": device != "",
         "device, engine and fingerprint to agree that a row is simulated, or measured": len(simulated) == 1,
         "runs = 0 where simulated, above where measured": not ok or (runs == 0 if True in simulated else runs > 0),
         "0 < median_ms < inf, or an error": 0 < median_ms < float("inf") if ok else row["error"] != "",
     }
-    if broken := [rule for rule, met in rules.items() if met is not True]:
-        shown = {n: row[n] for n in ("schema", "device", "engine", "runs", "median_ms", "ok", "error")}
-        raise ValueError(f"Expected {broken[0]}. Got {shown}.")
-    return row
 
 
-def frame(rows) -> pd.DataFrame:
-    """A typed DataFrame of rows, dicts or a frame, each checked by `make_row`."""
-    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    return pd.DataFrame([make_row(**row) for row in records], columns=list(COLUMNS)).astype(COLUMNS)
+MEASURED = Schema(COLUMNS, _measured_rules)
+make_row, frame = MEASURED.row, MEASURED.frame

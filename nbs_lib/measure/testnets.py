@@ -1,7 +1,7 @@
-"""The papers' test models: ten cascaded layers of one setting (mapping paper 5.2.1), with random weights.
+"""The papers' test models: ten cascaded layers of one setting (mapping paper 5.2.1), random weights, a ReLU after each.
 
-Where P = Q a layer feeds the next; where they differ layers alternate, Q -> P, P -> Q. A stride or a depth multiplier
-leaves no way back to the first shape: then ten independent layers run on ten inputs. A ReLU follows each layer.
+Where P = Q a layer feeds the next; where they differ they alternate, Q -> P, P -> Q. A stride or a depth multiplier
+leaves no way back to the first shape: then ten independent layers run on ten inputs.
 """
 
 import torch
