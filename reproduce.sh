@@ -93,5 +93,6 @@ if [[ $python == "$PWD/.venv/bin/python" ]]; then
         set_up "$kind"
     ) 9>.venv.lock
 fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # a conda environment need not have nbs_lib installed
 if [[ $kind == test ]]; then exec "$python" -m pytest -q "$@"; fi
-exec "$python" -m nbs_lib.reproduce "$@"
+exec "$python" notebooks/reproduce.py "$@"

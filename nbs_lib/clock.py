@@ -129,16 +129,11 @@ class Comparison:
         return pd.DataFrame([{"name": name} | timing.row() for name, timing in self.timings.items()])
 
 
-def _burst_ms(fn: Callable, calls: int) -> float:
-    return Timer(fn, timer=perf_counter_ns).timeit(calls) / calls / 1e6  # timeit turns the garbage collector off
-
-
-def _warm(fn: Callable, warmup: int, min_sample_ms: float) -> int:
-    """Call `fn` `warmup` times, then find how many calls last `min_sample_ms`. The first call never counts."""
-    for _ in range(warmup):
-        fn()
+def _calls_per_sample(timer: Timer, warmup: int, min_sample_ms: float) -> int:
+    """How many calls last `min_sample_ms`, found after `warmup` calls. The first call never counts."""
+    timer.timeit(warmup)
     calls = 1
-    while calls < 2**20 and _burst_ms(fn, calls) * calls < min_sample_ms:
+    while calls < 2**20 and timer.timeit(calls) < min_sample_ms * 1e6:
         calls *= 2
     return calls
 
@@ -149,14 +144,14 @@ def alternate(contenders: dict, rounds=20, warmup=3, min_sample_ms=1.0, settle=1
     A sample is as many calls as last `min_sample_ms`. The order rotates every round and turns round after each cycle
     (ABBA for two). `settle` untimed calls before each sample refill that contender's caches while the previous one's
     worker threads go to sleep. `adaptive`: from 20 rounds on, stop as soon as every MAD is below 2 % of the median."""
+    timers = {name: Timer(fn, timer=perf_counter_ns) for name, fn in contenders.items()}  # no garbage is collected
     names, samples = list(contenders), {name: [] for name in contenders}
     with lock():
-        calls = {name: _warm(fn, warmup, min_sample_ms) for name, fn in contenders.items()}
+        calls = {name: _calls_per_sample(timer, warmup, min_sample_ms) for name, timer in timers.items()}
         for turn in range(rounds):
             for name in np.roll(names, -turn)[:: -1 if turn // len(names) % 2 else 1].tolist():
-                for _ in range(settle):
-                    contenders[name]()
-                samples[name].append(_burst_ms(contenders[name], calls[name]))
+                timers[name].timeit(settle)
+                samples[name].append(timers[name].timeit(calls[name]) / calls[name] / 1e6)
             if adaptive and turn >= 19 and all(Timing(values).steady for values in samples.values()):
                 break
     return Comparison({name: Timing(values) for name, values in samples.items()})

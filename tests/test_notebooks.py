@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import reproduce
 import yaml
 
-from nbs_lib import paths, reproduce
+from nbs_lib import paths
 
 NOTEBOOKS = sorted(file.stem for file in (Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 SHORT = yaml.safe_load((Path(__file__).parent / "short_parameters.yaml").read_text())

@@ -29,16 +29,16 @@ class BCS(Packed):
         matrix, kept = matrix[order], kept[order]
         starts = np.flatnonzero(np.append(True, (kept[1:] != kept[:-1]).any(axis=1)))
         lists = kept[starts]
-        columns = (np.flatnonzero(lists) % matrix.shape[1]).astype(np.int32)
+        columns = np.nonzero(lists)[1].astype(np.int32)
         runs, offset = np.append(starts, len(matrix)).astype(np.int32), prefix(kept.sum(1))
         return cls(weight.shape, matrix[kept], columns, prefix(lists.sum(1)), runs, offset, order.astype(np.int32))
 
     def groups(self):
         """Each run as (rows of the weight, the columns they share, float32 block (rows, columns))."""
-        for run, (a, b) in enumerate(zip(self.occurrence[:-1], self.occurrence[1:], strict=True)):
-            columns = self.compact_column[self.column_stride[run] : self.column_stride[run + 1]]
-            block = self.weights[self.row_offset[a] : self.row_offset[b]]
-            yield self.row_order[a:b], columns, block.reshape(b - a, columns.size)
+        rows = np.split(self.row_order, self.occurrence[1:-1])
+        columns = np.split(self.compact_column, self.column_stride[1:-1])
+        blocks = np.split(self.weights, self.row_offset[self.occurrence[1:-1]])
+        return [(r, c, b.reshape(r.size, c.size)) for r, c, b in zip(rows, columns, blocks, strict=True)]
 
     @property
     def inverse_order(self) -> np.ndarray:

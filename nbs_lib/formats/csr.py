@@ -18,8 +18,7 @@ class CSR(Packed):
     def pack(cls, weight: np.ndarray) -> "CSR":
         """Pack a float32 weight (P, Q) or (P, Q, Kh, Kw), the latter seen as P x (Q*Kh*Kw)."""
         kept = (matrix := as_matrix(weight)) != 0
-        columns = (np.flatnonzero(kept) % matrix.shape[1]).astype(np.int32)
-        return cls(weight.shape, matrix[kept], columns, prefix(kept.sum(1)))
+        return cls(weight.shape, matrix[kept], np.nonzero(kept)[1].astype(np.int32), prefix(kept.sum(1)))
 
     def groups(self):
         """Each row as (its number (1,), its columns, float32 block (1, columns))."""

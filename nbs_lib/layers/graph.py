@@ -35,15 +35,16 @@ class LayerSpec:
     shape = property(lambda self: self.weight.shape)
     params = property(lambda self: self.weight.size)
     nnz = cached_property(lambda self: int(np.count_nonzero(self.weight)))
-    rate = property(lambda self: _rate(self.params, self.nnz))
+    rate = property(lambda self: _rate([self]))
     positions = property(lambda self: self.H * self.W * self.calls + self.uneven)
     macs = property(lambda self: self.params * self.positions)
     effective_macs = property(lambda self: self.nnz * self.positions)
     is_3x3 = property(lambda self: (self.Kh, self.Kw) == (3, 3))
 
 
-def _rate(total: int, left: int) -> float:
-    return total / left if left else math.inf
+def _rate(layers: list[LayerSpec], total: str = "params", left: str = "nnz") -> float:
+    whole, rest = (sum(getattr(layer, count) for layer in layers) for count in (total, left))
+    return whole / rest if rest else math.inf
 
 
 class Rates(NamedTuple):
@@ -92,13 +93,9 @@ class Graph:
 
     def rates(self) -> Rates:
         """The rates the zeros amount to, infinite where all is pruned; `conv` is `weights` without CONV layers."""
-
-        def rate(layers: list[LayerSpec], total: str, left: str) -> float:
-            return _rate(sum(getattr(layer, total) for layer in layers), sum(getattr(layer, left) for layer in layers))
-
         layers = list(self.layers.values())
         conv = [layer for layer in layers if layer.kind != "linear"] or layers
-        return Rates(rate(conv, "params", "nnz"), rate(layers, "params", "nnz"), rate(layers, "macs", "effective_macs"))
+        return Rates(_rate(conv), _rate(layers), _rate(layers, "macs", "effective_macs"))
 
     def unflatten(self, values: list[Any]) -> Any:
         """Rebuild what the model returns (tensor, tuple, dict, ...) from one value per name in `outputs`."""
@@ -113,7 +110,7 @@ class Graph:
         """One row per layer."""
         columns = ["kind", "P", "Q", "Kh", "Kw", "stride", "padding", "dilation", "groups", "H", "W", "calls"]
         columns += ["params", "macs", "effective_macs", "rate"]
-        rows = [[name, *(getattr(layer, of) for of in columns)] for name, layer in self.layers.items()]
+        rows = [[name, *(getattr(layer, column) for column in columns)] for name, layer in self.layers.items()]
         return pd.DataFrame(rows, columns=["layer", *columns])
 
     def __repr__(self) -> str:

@@ -17,16 +17,16 @@ def _pair(value) -> tuple[int, int]:
 
 
 def _conv(name, a, out):
-    weight, bias, groups, dilation, padding = (a[key] for key in ("weight", "bias", "groups", "dilation", "padding"))
+    weight, bias, groups, padding, dilation = a["weight"], a["bias"], a["groups"], a["padding"], _pair(a["dilation"])
     if out.dim() != 4 or _computed(weight, bias) or a.get("transposed"):
         return None
     if padding == "same":  # the odd one goes to the bottom and the right
-        totals = [d * (k - 1) for k, d in zip(weight.shape[2:], _pair(dilation), strict=True)]
-        padding = [side for total in totals for side in (total // 2, total - total // 2)]
+        totals = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)]
     else:
-        padding = [side for side in _pair(0 if padding == "valid" else padding) for _ in range(2)]
+        totals = [2 * side for side in _pair(0 if padding == "valid" else padding)]
+    padding = tuple(side for total in totals for side in (total // 2, total - total // 2))
     kind = "depthwise" if weight.shape[1] == 1 < groups else "conv"
-    window = dict(stride=_pair(a["stride"]), padding=tuple(padding), dilation=_pair(dilation), groups=groups)
+    window = dict(stride=_pair(a["stride"]), padding=padding, dilation=dilation, groups=groups)
     return "conv2d", dict(kind=kind, weight=weight, bias=bias, **window)
 
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -70,13 +71,11 @@ def _export(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.export.
 def _place(model: nn.Module, error: BaseException) -> str:
     """The innermost module and operator on the error's way, as far as its frames tell."""
     names = {id(module): f"{name!r} ({type(module).__name__})" for name, module in model.named_modules()}
-    module, function, frame = names[id(model)], "unknown", error.__traceback__
-    while frame is not None:
-        local = frame.tb_frame.f_locals
-        module = names.get(id(local.get("self")), module)
-        if frame.tb_frame.f_code.co_name in ("__torch_function__", "__torch_dispatch__"):
-            function = getattr(local.get("func"), "__name__", function)
-        frame = frame.tb_next
+    module, function = names[id(model)], "unknown"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = names.get(id(frame.f_locals.get("self")), module)
+        if frame.f_code.co_name in ("__torch_function__", "__torch_dispatch__"):
+            function = getattr(frame.f_locals.get("func"), "__name__", function)
     return f"in module {module}, operator {function}"
 
 
@@ -97,20 +96,18 @@ class _Lowering:
         if state := list(signature.buffers_to_mutate.values()):
             raise ValueError(f"Expected a model that changes no buffers in eval mode. Got changes of {state}.")
         results = zip(signature.output_specs, end.args[0], strict=True)
-        results = [result for spec, result in results if spec.kind.name == "USER_OUTPUT"]
-        live = {result for result in results if isinstance(result, fx.Node)}
-        for node in reversed(body):
-            live.update(node.all_input_nodes if node in live else ())
+        end.args = (results := [result for spec, result in results if spec.kind.name == "USER_OUTPUT"],)
+        self.program.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         for node, spec in zip(body, signature.input_specs, strict=False):
             if spec.target is None:
                 self.add(node, "input", lambda value: value)
-            elif node in live:
+            elif node.users:
                 self.constants[node] = self.state[spec.target].detach().clone(memory_format=torch.contiguous_format)
                 self.paths[_memory(self.constants[node])] = spec.target
         inputs = list(self.nodes.values())
         self.batch = next((node.shape[0] for node in inputs if node.shape), 1)
-        for node in body:
-            if node in live and node.op != "placeholder":
+        for node in self.program.graph.nodes:
+            if node.op not in ("placeholder", "output"):
                 self.lower(node)
         outputs = tuple(self.value(result).name for result in results if isinstance(result, fx.Node))
         others = {i: result for i, result in enumerate(results) if not isinstance(result, fx.Node)}

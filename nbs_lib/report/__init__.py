@@ -2,7 +2,6 @@
 
 from nbs_lib.report.claims import Claims
 from nbs_lib.report.figures import bars, label, lines, style
-from nbs_lib.report.index import write_index
-from nbs_lib.report.results import save
+from nbs_lib.report.results import save, write_index
 
 __all__ = ["Claims", "bars", "label", "lines", "save", "style", "write_index"]

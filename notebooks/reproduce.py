@@ -1,7 +1,7 @@
-"""The main job: run the notebooks headless, each in a process of its own, and gather what they found on one page.
+"""The main job, called by `./reproduce.sh`: run the notebooks headless, and gather what they found on one page.
 
-`./reproduce.sh` calls `python -m nbs_lib.reproduce`. A notebook whose name begins with `_` runs only when it is named.
-A notebook that measures this machine has a parameter `live`; while it runs live, no other notebook does.
+A notebook whose name begins with `_` runs only when it is named. One that measures this machine has a parameter `live`;
+while it runs live, no other notebook does.
 """
 
 import argparse
@@ -24,11 +24,12 @@ import pandas as pd
 import psutil
 import yaml
 
+import nbs_lib
 from nbs_lib import paths
 from nbs_lib.report.claims import VERDICTS
-from nbs_lib.report.index import count_verdicts, write_index
+from nbs_lib.report.results import count_verdicts, write_index
 
-CODE = Path(__file__).resolve().parent
+CODE = Path(nbs_lib.__file__).resolve().parent
 PROFILES = {"quick": 600, "cifar": 12 * 3600, "paper": 14 * 86400}  # name -> seconds one notebook may take
 HEARTBEAT_S = 20
 DONE = ("ok", "kept")  # kept: done before with the same inputs, so not run again
@@ -66,11 +67,10 @@ class Job:
         command += ["--cwd", paths.root(), "--parameters_yaml", yaml.safe_dump(self.parameters)]
         # The kernel python3 of this environment, whatever the user's own folders call by that name.
         settings = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PATH": "", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-        settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE.parent), os.environ.get("PYTHONPATH")]))
-        settings["NBS_WAITS"] = str(self.folder.resolve())
+        environment = os.environ | settings | {"NBS_WAITS": str(self.folder.resolve())}
         with open(self.log, "wb") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = psutil.Popen(command, env=os.environ | settings, start_new_session=True, **streams)
+            self.process = psutil.Popen(command, env=environment, start_new_session=True, **streams)
         self.looked = time.monotonic()
 
     def is_over(self) -> bool:
@@ -92,13 +92,12 @@ class Job:
 
     def stop(self, why: str) -> None:
         """Kill papermill and the kernel, which is in a session of its own, with all they started."""
-        family = []
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [self.process, *self.process.children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=5)
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, timeout=5)
         self.finish("failed", why)
 
     def finish(self, status: str, error: str) -> None:
@@ -153,7 +152,7 @@ def fingerprint(job: Job) -> str:
     """SHA-256 of what a run depends on: the notebook, nbs_lib, data/, the parameters, every installed version."""
     digest = hashlib.sha256(json.dumps(job.parameters, sort_keys=True, default=str).encode())
     data = (file for file in paths.data_dir().rglob("*") if file.is_file())
-    for file in [job.source, *sorted(CODE.rglob("*.py")), *sorted(data)]:
+    for file in [Path(__file__), job.source, *sorted(CODE.rglob("*.py")), *sorted(data)]:
         digest.update(f"\n{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     installed = {f"{found.name} {found.version}" for found in distributions()}
     digest.update("\n".join([sys.version, *sorted(installed)]).encode())

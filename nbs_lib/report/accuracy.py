@@ -1,0 +1,70 @@
+"""Rows of `accuracies`: mean and spread over seeds, differences between equal seeds, and how they are drawn."""
+
+import re
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from nbs_lib.report.claims import Claims
+
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny-ImageNet"}
+
+
+def dataset_name(dataset: str, train_images: int = 0) -> str:
+    """What a data set is called in a text: "folder:cifar10-jpeg" is "CIFAR-10 (JPEG)"."""
+    folder = dataset.removeprefix("folder:").rstrip("/").rpartition("/")[2]
+    plain = re.sub(r"[-_]?jpe?g", "", folder, flags=re.IGNORECASE)
+    images = f", {train_images} training images" if train_images else ""
+    return NAMES.get(plain, plain) + (" (JPEG)" if plain != folder else "") + images
+
+
+def points(rows: pd.DataFrame, reference: pd.DataFrame, on: tuple[str, ...] = ("seed",)) -> pd.Series:
+    """Percentage points by which each row's accuracy lies above the reference's of the same `on`; indexed as `rows`,
+    NaN where either is missing."""
+    found = reference[reference.ok].drop_duplicates(list(on)).set_index(list(on)).accuracy.rename("reference")
+    return 100 * (rows.accuracy.where(rows.ok) - rows[list(on)].join(found, on=list(on)).reference)
+
+
+def spread(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """A row per value of `by`, in order: seeds there (`n`) and missing, accuracy and dense accuracy in %, and, where
+    rows have a column `difference` (points), its mean and extremes; rates, epochs and the first error."""
+    table = []
+    for key, group in rows.groupby(by, sort=False):
+        good, errors = group[group.ok], group.error[~group.ok]
+        row = dict(zip(by, key, strict=True)) | {"n": len(good), "missing": len(errors)}
+        row |= {name: 100 * getattr(good.accuracy, how)() for name, how in STATISTICS.items()}
+        row["dense"] = 100 * good.dense_accuracy.mean()
+        if "difference" in good:
+            row |= {f"difference_{name}": getattr(good.difference, how)() for name, how in STATISTICS.items()}
+        row |= {name: good[name].mean() for name in ("reached_rate", "conv_rate", "mac_rate", "total_epochs")}
+        table.append(row | {"error": errors.iloc[0] if len(errors) else ""})
+    return pd.DataFrame(table)
+
+
+STATISTICS = {"mean": "mean", "std": "std", "least": "min", "most": "max"}
+
+
+def dots(rows: pd.DataFrame, place: str, ax: plt.Axes, label: str, colour: str, line: bool = False) -> plt.Axes:
+    """Draw accuracies in % over the numbers in the column `place`: a dot per seed, a bar from the least to the most, a
+    dash (or a line through all places) at the mean; "missing" where there is no row."""
+    good = rows[rows.ok].assign(percent=100 * rows.accuracy)
+    found = good.groupby(place).percent.agg(["mean", "min", "max"])
+    ax.plot(good[place], good.percent, "o", markersize=4, alpha=0.5, color=colour)
+    ax.vlines(found.index, found["min"], found["max"], color=colour, linewidth=1)
+    ax.plot(found.index, found["mean"], "-" if line else "_", markersize=16, linewidth=1.5, color=colour, label=label)
+    for where in sorted(set(rows[place]) - set(found.index)):
+        turned = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": "small", "color": colour}
+        ax.text(where, 0.02, "missing", transform=ax.get_xaxis_transform(), **turned)
+    return ax
+
+
+def judge(claims: Claims, key: str, found: pd.Series, how: str, lacking: str = "") -> str:
+    """Answer a claim by the mean of `found` (points, one per seed); return the answer. `lacking`: why it cannot be
+    tested here, such as "digits are a demonstration"; nor can it where nothing is found."""
+    found = found.dropna()
+    told = f"{found.mean():+.2f} points in the mean, {found.min():+.2f}..{found.max():+.2f}, n = {len(found)}"
+    if lacking or found.empty:
+        claims.cannot(key, lacking + (f"; {how}: {told}" if len(found) else "") or f"not on record; {how}")
+    else:
+        claims.check(key, found.mean(), f"{how}: {told}")
+    return claims.answers[key][1]
