@@ -1,11 +1,9 @@
 """Steps that compute: pack weights, write the structure tables, fill in addresses. Runs once memory is placed."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from nbs_lib.compiler.layout import Flat, Planar
-from nbs_lib.compiler.moves import channel_distance, split_by_phase, tap_offsets
+from nbs_lib.compiler.moves import channel_distance, locate, split_by_phase, tap_offsets
 from nbs_lib.compiler.packing import linear_cost, pack, pack_filters, pack_neighbours, share
 from nbs_lib.compiler.steps import Launch, Step, Tiled, whole
 from nbs_lib.formats.packed import prefix
@@ -26,11 +24,9 @@ def int32(values) -> np.ndarray:
 
 def _common(step: Step, x: Planar | Flat, out: Planar | Flat, residual: list) -> dict[str, int]:
     """The fields every computing kernel has."""
-    return {
-        "x": x.address, "out": out.address, "residual": residual[0].address if residual else 0,
-        "bounds": step.hold(np.array([*step.operation.bounds, (0, 0)], np.float32)),
-        "images": x.images, "x_image": 4 * x.image, "out_image": 4 * out.image,
-    }  # fmt: skip
+    fields = locate("x", x) | locate("out", out) | locate("residual", residual[0] if residual else None)
+    bounds = np.array([*step.operation.bounds, (0, 0)], np.float32)
+    return fields | {"bounds": step.hold(bounds), "images": x.images}
 
 
 def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> list[Tiled]:
@@ -57,8 +53,7 @@ def conv(step: Step, layer, x: Planar, out: Planar, residual: list[Planar]) -> l
             "begins": step.hold(begins), "planes": step.hold(int32(4 * filters * out.plane)),
             "bias": step.hold(operation.bias[filters]),
         }  # fmt: skip
-        part = Tiled(tiling, rows, operation.epilogue, fields, lengths, out.vectors, 4 * out.width, x.C, 4 * x.image)
-        parts.append(part)
+        parts.append(Tiled(tiling, rows, operation.epilogue, fields, lengths, x, out))
         _count(step, weights, len(columns) + len(begins) + filters.size, out.images * out.H * out.W)
     _describe(step, matrix, step.weight_bytes // 4)
     return parts
@@ -100,7 +95,7 @@ def depthwise(step: Step, threads: int, layer, x: Planar, out: Planar, residual:
         "taps": step.hold(int32(4 * tap_offsets(layer, x).ravel())),
         "sources": step.hold(int32(4 * source * channel_distance(layer, x))),
         "planes": step.hold(int32(4 * np.arange(layer.P) * out.plane)),
-        "rows": rows, "out_row": 4 * out.row, "x_row": 8 * x.row,
+        "rows": rows, "x_row": 8 * x.row,
     }  # fmt: skip
     apart = 0 if split_by_phase(layer) else layer.dilation[1]
     kernel = depthwise_kernels.kernel(layer.Kh, layer.Kw, apart, stride, vectors, step.operation.epilogue)
@@ -147,10 +142,6 @@ def pointwise(step: Step, threads: int, x: Planar, out: Planar, other: list[Plan
         (scale if node.op == "mul" else shift)[:] = scalar
     kind = "" if factor is None else "image" if (factor.H, factor.W) == (out.H, out.W) else "channel"
     kernel = copy_kernels.pointwise_kernel(node.op == "affine" or scalar is not None, kind, words)
-    fields = _common(step, x, out, other) | {
-        "scale": step.hold(scale), "shift": step.hold(shift), "mask": step.hold(out.flat_mask()),
-        "factor": factor.address if factor else 0, "x_plane": 4 * x.plane, "out_plane": 4 * out.plane,
-    }  # fmt: skip
-    for name, value in (("residual", other[0] if other else x), ("factor", factor or x)):
-        fields |= {f"{name}_image": 4 * value.image, f"{name}_plane": 4 * value.plane}
+    fields = _common(step, x, out, other) | locate("factor", factor or x)
+    fields |= {"scale": step.hold(scale), "shift": step.hold(shift), "mask": step.hold(out.flat_mask())}
     return [Launch(kernel, whole(threads, out.vectors, x.C), fields)]

@@ -1,7 +1,5 @@
 """What a compiled network tells of itself: what every step runs and why, and where the time goes."""
 
-from __future__ import annotations
-
 import time
 from functools import cache
 
@@ -54,7 +52,7 @@ def explain(net) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def profile(net, inputs: tuple, runs: int) -> pd.DataFrame:
+def profile(net, *inputs, runs: int = 20) -> pd.DataFrame:
     """`explain` with the median of `runs` runs: `ms` per step (NaN through PyTorch), `share_of_peak` (effective MACs
     over the FMA peak), `gbytes_s` (weights, inputs and outputs, once each) and `bound`, what limits the step:
     "multiply-adds" or "memory", if that alone explains half of its time, else "caches" (near ones, stores, tails).
@@ -76,12 +74,8 @@ def profile(net, inputs: tuple, runs: int) -> pd.DataFrame:
     limit = np.where(memory_ms > compute_ms, "memory", "multiply-adds")
     frame["bound"] = np.where(np.maximum(memory_ms, compute_ms) > 0.5 * frame["ms"], limit, "caches")
     frame.loc[through_torch, "bound"] = "PyTorch"
-    call = {
-        "step": len(frame),
-        "op": "call",
-        "chosen": "python",
-        "ms": max(np.median(walls) - np.median(times.sum(axis=1)), 0),
-    }
+    beside = max(np.median(walls) - np.median(times.sum(axis=1)), 0)
+    call = {"step": len(frame), "op": "call", "chosen": "python", "ms": beside}
     numbers = frame.select_dtypes(["number", "bool"])
     blank = {name: frame[name].dtype.type() if name in numbers else "" for name in frame}
     return pd.concat([frame, pd.DataFrame([blank | call])], ignore_index=True)

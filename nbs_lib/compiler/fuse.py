@@ -1,7 +1,5 @@
 """Graph -> operations (NPS 3): batch norm goes into weights, activations and residual adds into the kernel's end."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -50,12 +48,11 @@ def fuse(graph: Graph) -> list[Operation]:
     return sorted(operations, key=lambda operation: order[operation.output.name])
 
 
-def activation(node: Node) -> tuple[str, list[tuple[float, float]]]:
-    """The epilogue word of an activation, and its bounds if it has any."""
-    if node.op != "clamp":
-        return node.op, []
-    bounds = (node.attrs["lo"], node.attrs["hi"])
-    return "relu" if bounds == (0, math.inf) else "clamp", [bounds]
+def _activate(operation: Operation, node: Node) -> None:
+    """Add an activation to the operation's end."""
+    bounds = (node.attrs["lo"], node.attrs["hi"]) if node.op == "clamp" else None
+    operation.epilogue += ("relu" if bounds == (0, math.inf) else node.op,)
+    operation.bounds += [bounds] * (bounds is not None)
 
 
 def is_pointwise(node: Node, shapes: dict) -> bool:
@@ -70,15 +67,14 @@ def is_pointwise(node: Node, shapes: dict) -> bool:
 
 
 def _start(graph: Graph, node: Node) -> Operation:
+    operation = Operation(node, node)
     if node.op in ACTIVATIONS:
-        word, bounds = activation(node)
-        return Operation(node, node, epilogue=(word,), bounds=bounds)
-    if node.op not in ("conv2d", "linear"):
-        return Operation(node, node)
-    layer = graph.layers[node.layer]
-    weight = _flush(layer.weight)
-    bias = np.zeros(layer.P, np.float32) if layer.bias is None else layer.bias.astype(np.float32)
-    return Operation(node, node, weight, bias)
+        _activate(operation, node)
+    elif node.op in ("conv2d", "linear"):
+        layer = graph.layers[node.layer]
+        operation.weight = _flush(layer.weight)
+        operation.bias = np.zeros(layer.P, np.float32) if layer.bias is None else layer.bias.astype(np.float32)
+    return operation
 
 
 def _flush(weight: np.ndarray) -> np.ndarray:
@@ -95,13 +91,9 @@ def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
         scale, shift = follower.attrs["scale"], follower.attrs["shift"]
         operation.weight = _flush(operation.weight * scale.reshape(-1, *[1] * (operation.weight.ndim - 1)))
         operation.bias = operation.bias * scale + shift
-        return True
-    if follower.op in ACTIVATIONS:
-        word, bounds = activation(follower)
-        operation.epilogue += (word,)
-        operation.bounds += bounds
-        return True
-    if (
+    elif follower.op in ACTIVATIONS:
+        _activate(operation, follower)
+    elif (
         follower.op == "add"
         and "add" not in operation.epilogue
         and operation.node.op != "add"
@@ -109,8 +101,8 @@ def _absorb(operation: Operation, follower: Node, shapes: dict) -> bool:
         and len(set(follower.inputs)) == 2
         and all(shapes[name] == operation.output.shape for name in follower.inputs)
     ):
-        (other,) = (name for name in follower.inputs if name != operation.output.name)
-        operation.residual = other
+        (operation.residual,) = {*follower.inputs} - {operation.output.name}
         operation.epilogue += ("add",)
-        return True
-    return False
+    else:
+        return False
+    return True

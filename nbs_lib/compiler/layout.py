@@ -9,7 +9,7 @@ A `Flat` value is one contiguous vector per image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,17 +18,6 @@ LINE = 16  # float32 per cache line
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-@dataclass(eq=False)
-class Lattice:
-    """What united values share: the distance of rows, wide enough for every member and its padding."""
-
-    members: list[Planar] = field(default_factory=list)
-
-    @property
-    def row(self) -> int:
-        return max(member.W + member.pad_w for member in self.members)
 
 
 @dataclass(eq=False)
@@ -42,12 +31,11 @@ class Planar:
     width: int  # floats per register
     pad_h: int = 0
     pad_w: int = 0
-    lattice: Lattice = None
     buffer: np.ndarray = None
     shared: bool = False  # other values overwrite its zeros: they are written anew in every run
 
     def __post_init__(self):
-        self.lattice = Lattice([self])
+        self.lattice = [self]  # all that are united: they share one list, and the distance of rows
 
     def need(self, pad_h: int, pad_w: int) -> None:
         """Ask for zeros around every image."""
@@ -56,20 +44,20 @@ class Planar:
     def unite(self, other: Planar) -> None:
         """Give both the same row distance; of equal height and width, also the same padding (so: the same plane)."""
         if self.lattice is not other.lattice:
-            self.lattice.members += other.lattice.members
-            for member in other.lattice.members:
+            self.lattice += other.lattice
+            for member in other.lattice:
                 member.lattice = self.lattice
 
     @property
     def pads(self) -> tuple[int, int]:
         """Padding shared by all members of this size, so that a residual lies exactly like what it is added to."""
-        same = [m for m in self.lattice.members if (m.H, m.W) == (self.H, self.W)]
+        same = [m for m in self.lattice if (m.H, m.W) == (self.H, self.W)]
         return max(m.pad_h for m in same), max(m.pad_w for m in same)
 
     def fix(self) -> None:
         """Settle the distances; after this nothing may be united or needed any more."""
         pad_h, pad_w = self.pads
-        self.row = self.lattice.row
+        self.row = max(member.W + member.pad_w for member in self.lattice)
         # Every kernel writes whole registers: the last one of an image must end before the next channel.
         ends = max((self.H + pad_h) * self.row + pad_w, (self.H - 1) * self.row + round_up(self.W, self.width))
         lines = round_up(ends, LINE) // LINE
@@ -96,11 +84,11 @@ class Planar:
         """int32 per float of a plane's registers: -1 on pixels, 0 between and behind the rows."""
         position = np.arange(round_up(self.vectors, 4) * self.width)
         inside = (position % self.row < self.W) & (position < self.H * self.row)
-        return np.where(inside, np.int32(-1), np.int32(0))
+        return -inside.astype(np.int32)
 
     def row_mask(self) -> np.ndarray:
         """The same for kernels that go row by row."""
-        return np.where(np.arange(round_up(self.W, self.width)) < self.W, np.int32(-1), np.int32(0))
+        return -(np.arange(round_up(self.W, self.width)) < self.W).astype(np.int32)
 
     def view(self) -> np.ndarray:
         """The images as a NumPy array (N, C, H, W) into the buffer."""

@@ -1,8 +1,7 @@
 """Steps that only move values: into another layout, into stride phases, side by side."""
 
-from __future__ import annotations
-
 import math
+from itertools import accumulate, product
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def phases(layer) -> dict[tuple[int, int], int]:
     """Phases (tap position modulo stride) a layer reads -> their number."""
     axes = zip(layer.shape[2:], layer.dilation, layer.stride, strict=True)
     taps = [sorted({k * d % s for k in range(n)}) for n, d, s in axes]
-    return {(h, w): i for i, (h, w) in enumerate((h, w) for h in taps[0] for w in taps[1])}
+    return {phase: number for number, phase in enumerate(product(*taps))}
 
 
 def tap_offsets(layer, x: Planar) -> np.ndarray:
@@ -39,34 +38,34 @@ def channel_distance(layer, x: Planar) -> int:
     return x.plane * (len(phases(layer)) if split_by_phase(layer) else 1)
 
 
-def _distances(prefix: str, value: Planar | Flat | None, shape) -> dict[str, int]:
-    """Bytes between images, channels and rows of a value, or (None) of a contiguous array of `shape`."""
+def locate(name: str, value: Planar | Flat | None, shape=(1, 1, 1, 1)) -> dict[str, int]:
+    """A value's address and the bytes between its images, channels and rows, as fields of a kernel.
+
+    What is not `Planar` holds contiguous images of `shape`; None: the address is not known yet.
+    """
+    images, channels, height, width = shape
+    image, plane, row = getattr(value, "image", channels * height * width), height * width, width
     if isinstance(value, Planar):
-        image, plane, row = value.image, value.plane, value.row
-    else:
-        plane, row = shape[2] * shape[3], shape[3]
-        image = value.image if value is not None else shape[1] * plane
-    return {f"{prefix}_image": 4 * image, f"{prefix}_plane": 4 * plane, f"{prefix}_row": 4 * row}
+        plane, row = value.plane, value.row
+    address = value.address if value else 0
+    return {name: address, f"{name}_image": 4 * image, f"{name}_plane": 4 * plane, f"{name}_row": 4 * row}
 
 
 def copy(step: Step, threads: int, name: str, shape, source, target) -> list[Launch]:
     """Bring a value of `shape` from `source` (None: the caller's or PyTorch's contiguous array) to `target`."""
     if len(shape) != 4 or target.images != shape[0]:
         shape = (target.images, 1, 1, math.prod(shape) // target.images)
-    fields = {"x": source.address if source else 0, "out": target.address, "images": shape[0]}
-    fields |= _distances("x", source, shape) | _distances("out", target, shape)
-    fields |= {"rows": shape[2], "columns": shape[3], "height": shape[2], "width": shape[3]}
-    fields |= {"h_first": 0, "w_first": 0, "h_step": 1}
+    fields = locate("x", source, shape) | locate("out", target, shape) | {"images": shape[0], "rows": shape[2]}
+    fields |= {"columns": shape[3], "height": shape[2], "width": shape[3], "h_first": 0, "w_first": 0, "h_step": 1}
     return [Launch(kernels.kernel(1, shape[3]), whole(threads, 0, shape[1]), fields, None if source else name)]
 
 
 def split(step: Step, threads: int, name: str, shape, source, x: Planar, layer) -> list[Launch]:
     """Copy a strided layer's input into its phases, padding included."""
     kernel = kernels.kernel(layer.stride[1], min(x.W - 1, shape[3] // layer.stride[1]))
-    fields = {"x": source.address if source else 0, "images": shape[0], "rows": x.H, "columns": x.W}
-    fields |= {"height": shape[2], "width": shape[3], "h_step": layer.stride[0]}
-    fields |= _distances("x", source, shape) | _distances("out", x, None)
-    fields |= {"out_plane": 4 * channel_distance(layer, x)}
+    fields = locate("x", source, shape) | locate("out", x) | {"out_plane": 4 * channel_distance(layer, x)}
+    fields |= {"images": shape[0], "rows": x.H, "columns": x.W, "height": shape[2], "width": shape[3]}
+    fields |= {"h_step": layer.stride[0]}
     launches = []
     for (h, w), phase in phases(layer).items():
         at = {"out": x.address + 4 * phase * x.plane, "h_first": h - layer.padding[0], "w_first": w - layer.padding[2]}
@@ -76,13 +75,9 @@ def split(step: Step, threads: int, name: str, shape, source, x: Planar, layer) 
 
 def cat(step: Step, threads: int, parts: list[Planar], out: Planar) -> list[Launch]:
     """Copy images side by side along the channels."""
-    launches, channel = [], 0
-    for part in parts:
-        shape = (out.images, part.C, out.H, out.W)
-        (launch,) = copy(step, threads, "", shape, part, out)
-        launches.append(launch)
+    launches = [copy(step, threads, "", (out.images, part.C, out.H, out.W), part, out)[0] for part in parts]
+    for launch, channel in zip(launches, accumulate((part.C for part in parts), initial=0), strict=False):
         launch.fields["out"] += 4 * channel * out.plane
-        channel += part.C
     return launches
 
 

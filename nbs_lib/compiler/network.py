@@ -1,24 +1,20 @@
 """A compiled network: a program of kernels over placed memory, called like the model it came from."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from nbs_lib import __version__
 from nbs_lib.compiler.explain import explain, profile
-from nbs_lib.compiler.layout import Planar, place
+from nbs_lib.compiler.layout import place
 from nbs_lib.compiler.plan import Planner
 from nbs_lib.compiler.record import Fixed, Record
 from nbs_lib.compiler.schedule import schedule
 from nbs_lib.compiler.shrink import shrink
-from nbs_lib.compiler.steps import Step
 from nbs_lib.compiler.team import team
 from nbs_lib.kernels import driver
 from nbs_lib.layers import Graph, trace
@@ -54,23 +50,20 @@ class Network:
         self._assemble()
 
     def _place(self) -> None:
-        lives = {id(value): [len(self.steps), -1] for value in self._values}
-        for i, step in enumerate(self.steps):
-            for value in (*step.reads, *step.writes):
-                first, last = lives[id(value)]
-                lives[id(value)] = [min(first, i), max(last, i)]
-        for value in self._outputs.values():
-            lives[id(value)][1] = len(self.steps)
+        lives: dict[int, list[int]] = {}  # first and last use
+        uses = [*([*step.reads, *step.writes] for step in self.steps), self._outputs.values()]
+        for number, values in enumerate(uses):
+            for value in values:
+                lives.setdefault(id(value), [number, number])[1] = number
         for value in self._values:
             value.fix()
         for value in self._values:
-            if isinstance(value, Planar):
-                value.lattice = None  # distances are settled; a cycle of references would keep the memory
+            vars(value).pop("lattice", None)  # distances are settled; a cycle of references would keep the memory
         self._memory = place(self._values, lives)
 
     def _assemble(self) -> None:
         """One table of function and argument addresses; Python takes over where PyTorch is needed."""
-        functions, arguments, joins, self._program, self._kernels = [], [], [], [], {}
+        functions, arguments, joins, self._program = [], [], [], []
         segment = None
         for number, step in enumerate(self.steps):
             launches = schedule(step, self.threads, reverse=number % 2 == 1)
@@ -88,22 +81,18 @@ class Network:
                 arguments.append(step.hold(table))
                 joins.append(launch is launches[-1])
                 segment.end = len(functions)
-                self._kernels[launch.kernel.name] = launch.kernel
             step.launched = (len(functions) - len(launches), len(functions))
-            self._release(step)
+            step.emit = None  # it holds what was only needed to emit: the weights are packed now
+            if step.chosen in ("sparse", "dense"):
+                step.operation.weight = step.operation.bias = None
         self._functions, self._arguments, self._joins = (np.array(v, np.int64) for v in (functions, arguments, joins))
         self._counter = np.zeros(1, np.int64)
         self._times = None
 
-    @staticmethod
-    def _release(step: Step) -> None:
-        """Let go of what was only needed to emit: the weights are packed now."""
-        step.emit = None
-        if step.chosen in ("sparse", "dense"):
-            step.operation.weight = step.operation.bias = None
-
     def __call__(self, *inputs):
         """The model's output for `inputs` (shapes of `example_inputs`): NumPy in, NumPy out; torch in, torch out."""
+        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
+            (inputs,) = inputs
         with self._lock, torch.no_grad():
             values = dict(self._constants)
             values.update(zip(self.graph.inputs, self._take(inputs), strict=True))
@@ -113,25 +102,18 @@ class Network:
                 else:
                     self._export(part.exports, values)
                     if part.chosen == "torch":
-                        values[part.operation.output.name] = self._fall_back(part.operation.node, values)
+                        node = part.operation.node
+                        given = [values[name] for name in node.inputs]
+                        # a view in PyTorch may need a copy here, as compiled results are always contiguous
+                        made = given[0].reshape(node.shape) if node.op == "reshape" else node.call(*given)
+                        values[part.operation.output.name] = made
             self._export(self._outputs, values)
             made = [values[n].clone() if n in self._constants else values[n] for n in self.graph.outputs]
-        first = inputs[0][0] if isinstance(inputs[0], tuple | list) else inputs[0]
-        if isinstance(first, np.ndarray):
+        if isinstance(inputs[0], np.ndarray):
             made = [value.numpy() if isinstance(value, torch.Tensor) else value for value in made]
         return self.graph.unflatten(made)
 
-    @staticmethod
-    def _fall_back(node, values: dict):
-        """Run one operator through PyTorch."""
-        arguments = [values[name] for name in node.inputs]
-        if node.op == "reshape":  # a view in PyTorch may need a copy here, as compiled results are always contiguous
-            return arguments[0].reshape(node.shape)
-        return node.call(*arguments)
-
     def _take(self, inputs) -> list[torch.Tensor]:
-        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
-            inputs = tuple(inputs[0])
         if len(inputs) != len(self.example_inputs):
             raise ValueError(f"Expected {len(self.example_inputs)} inputs, as in example_inputs. Got {len(inputs)}.")
         taken = []
@@ -150,8 +132,6 @@ class Network:
         for table, name in segment.patches:
             held.append(values[name].to(torch.float32).contiguous())
             table[0] = held[-1].data_ptr()
-        if segment.begin == segment.end:
-            return
         self._counter[0] = 0
         tables = [table.ctypes.data for table in (self._functions, self._arguments, self._joins)]
         times = self._times  # of another thread's `times`, perhaps: held until the run is over
@@ -170,13 +150,7 @@ class Network:
                 # NumPy copies on the calling thread alone; PyTorch would wake its own threads for large values.
                 values[name] = torch.from_numpy(np.array(value.view(), order="C").reshape(self._shapes[name]))
 
-    def explain(self) -> pd.DataFrame:
-        """One row per step: see `compiler.explain.explain`."""
-        return explain(self)
-
-    def profile(self, *inputs, runs: int = 20) -> pd.DataFrame:
-        """`explain()` with times and what bounds them: see `compiler.explain.profile`."""
-        return profile(self, inputs, runs)
+    explain, profile = explain, profile  # methods of a module of their own
 
     def times(self, *inputs, runs: int = 20, between: Callable[[], object] | None = None) -> np.ndarray:
         """Milliseconds of every step in every run, float64 (runs, steps); 0 for a step through PyTorch.
@@ -184,16 +158,15 @@ class Network:
         Compiled code reads the clock after every step, so steps lie in the caches as they do in any run. `between` is
         called before and after each; a first run does not count.
         """
-        samples = []
+        samples, between = [], between or (lambda: None)
         try:
             for run in range(runs + 1):
                 self._times = np.zeros((len(self._functions), 2, 2), np.int64)
-                if run and between:
+                if run:
                     between()
                 self(*inputs)
                 samples.append(self._times)
-            if between:
-                between()
+            between()
         finally:
             self._times = None
         taken = np.diff(np.array(samples[1:]) @ (1e3, 1e-6), axis=2)[..., 0]
@@ -201,13 +174,11 @@ class Network:
 
     def source(self, layer: str) -> str:
         """The generated source of the kernels that compute `layer`."""
-        steps = [
-            step for step in self.steps if step.operation.node.layer == layer and step.chosen in ("sparse", "dense")
-        ]
-        if not steps:
+        steps = [step for step in self.steps if step.operation.node.layer == layer]
+        kernels = dict.fromkeys(k for step in steps if step.chosen in ("sparse", "dense") for k in step.kernels)
+        if not kernels:
             raise KeyError(f"Expected a compiled layer, one of {', '.join(self.graph.layers)}. Got {layer!r}.")
-        names = dict.fromkeys(name for step in steps for name in step.kernels)
-        return "\n\n".join(f"# {name}\n{self._kernels[name].source}" for name in names)
+        return "\n\n".join(f"# {kernel.name}\n{kernel.source}" for kernel in kernels)
 
     @property
     def macs(self) -> int:

@@ -4,10 +4,10 @@ The structure is read from the zeros alone. Filters with identical columns go to
 over is united with its neighbours where that pays: a united list computes some zeros, but loads each input once.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, groupby
 
 import numpy as np
 
@@ -40,26 +40,26 @@ class Segment:
 
 def group_filters(kept: np.ndarray, largest: int = LARGEST) -> list[tuple[np.ndarray, np.ndarray]]:
     """(filters, columns) pairs for `kept`, bool (P, columns). Sizes are those of TILES, up to `largest`."""
-    groups, single = [], {size: [] for size in TILES if size <= largest}
+    units, groups = {size: [] for size in TILES if size <= largest}, []
     for run in alike(kept):
         begin = 0
-        for size in single:  # largest first
+        for size in units:  # largest first
             while len(run) - begin >= size:
                 members = run[begin : begin + size]
-                (groups if size == largest else single[size]).append((members, kept[members[0]]))
+                units[size].append((members, kept[members[0]]))
                 begin += size
-    for size in sorted(single)[:-1]:
-        units = sorted(single[size], key=lambda unit: unit[0][0])
-        while units:
-            one = units.pop(0)
-            if units:
-                union = one[1] | units[0][1]
-                apart = COST[size] * (one[1].sum() + units[0][1].sum())
+    for size in sorted(units)[:-1]:
+        left = sorted(units[size], key=lambda unit: unit[0][0])
+        while left:
+            filters, columns = left.pop(0)
+            if left:
+                union = columns | left[0][1]
+                apart = COST[size] * (columns.sum() + left[0][1].sum())
                 if COST[2 * size] * union.sum() <= apart:
-                    target = single[2 * size] if 2 * size < largest else groups
-                    target.append((np.concatenate([one[0], units.pop(0)[0]]), union))
+                    units[2 * size].append((np.concatenate([filters, left.pop(0)[0]]), union))
                     continue
-            groups.append(one)
+            groups.append((filters, columns))
+    groups += units[max(units)]
     return sorted(((f, np.flatnonzero(c)) for f, c in groups), key=lambda group: group[0][0])
 
 
@@ -73,22 +73,13 @@ def pack(matrix: np.ndarray, largest: int = LARGEST, dense: bool | None = None) 
     sparse, full = group_filters(kept, largest), group_filters(np.ones_like(kept), LARGEST)
     costs = np.array([cost(full), cost(sparse)])
     groups = full if dense or (dense is None and costs[1] > costs[0]) else sparse
-    segments = [
-        _segment(matrix, [group for group in groups if len(group[0]) == size])
-        for size in TILES
-        if any(len(group[0]) == size for group in groups)
-    ]
+    segments = []
+    for _, equal in groupby(sorted(groups, key=lambda group: -len(group[0])), lambda group: len(group[0])):
+        filters, columns = zip(*equal, strict=True)
+        weights = np.concatenate([matrix[np.ix_(f, c)].T for f, c in zip(filters, columns, strict=True)])
+        lists, begins = np.concatenate(columns).astype(np.int32), prefix([len(c) for c in columns])
+        segments.append(Segment(np.array(filters), begins, lists, np.ascontiguousarray(weights, np.float32)))
     return segments, costs
-
-
-def _segment(matrix: np.ndarray, groups: list) -> Segment:
-    weights = np.concatenate([matrix[np.ix_(filters, columns)].T for filters, columns in groups])
-    return Segment(
-        np.array([filters for filters, _ in groups]),
-        prefix([len(columns) for _, columns in groups]),
-        np.concatenate([columns for _, columns in groups]).astype(np.int32),
-        np.ascontiguousarray(weights, np.float32),
-    )
 
 
 def cost(groups: list[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -143,16 +134,14 @@ def cut(vectors: int, rows: int, widest: int = 16) -> tuple[tuple[int, int, int]
     best = [(0.0, 0)]
     for total in range(1, vectors + 1):
         best.append(min((best[total - size][0] + price[size], size) for size in sizes if size <= total))
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     while vectors:
         size = best[vectors][1]
-        counts[size] = counts.get(size, 0) + 1
+        counts[size] += 1
         vectors -= size
-    tiles, first = [], 0
-    for size in sorted(counts, reverse=True):
-        tiles.append((size, counts[size], first))
-        first += size * counts[size]
-    return tuple(tiles)
+    tiles = sorted(counts.items(), reverse=True)
+    firsts = accumulate((size * count for size, count in tiles), initial=0)
+    return tuple((*tile, first) for tile, first in zip(tiles, firsts, strict=False))
 
 
 def share(weights: np.ndarray, threads: int) -> list[tuple[int, int]]:

@@ -1,7 +1,5 @@
 """Operations -> steps: decides where every value lies and which kernel makes it. Memory and addresses come after."""
 
-from __future__ import annotations
-
 import math
 
 from nbs_lib.compiler import emit, moves, pooling
@@ -72,35 +70,23 @@ class Planner:
         return {name: next(value for (key, _), value in self.forms.items() if key == name)}
 
     def _operation(self, operation: Operation) -> None:
-        node, name = operation.node, operation.output.name
+        node = operation.node
         step = Step(operation, [], [], kernel=node.op)
-        plan = self._torch
-        if node.op == "conv2d":
-            plan = self._conv
-        elif node.op == "linear":
-            plan = self._linear
-        elif node.op in POOLS:
-            plan = self._pool
-        elif is_pointwise(node, self.shapes):
+        plans = {"conv2d": self._conv, "linear": self._linear} | dict.fromkeys(POOLS, self._pool)
+        plan = plans.get(node.op, self._torch)
+        if is_pointwise(node, self.shapes):
             plan = self._pointwise
-        elif node.op == "cat" and node.attrs["dim"] == 1 and self._images(node):
+        elif node.op == "cat" and node.attrs["dim"] == 1 and len(node.shape) == 4:
             plan = self._cat
         elif node.op == "reshape" and self._reshape(operation):
             return
         plan(operation, step)
         self.steps.append(step)
-        self._sign(operation, name)
-
-    def _images(self, node) -> bool:
-        shapes = [node.shape, *(self.shapes[name] for name in node.inputs)]
-        return all(shape is not None and len(shape) == 4 for shape in shapes)
-
-    def _sign(self, operation: Operation, name: str) -> None:
         last = operation.epilogue[-1:]
-        passes = operation.node.op in (*POOLS, "cat") and all(i in self.positive for i in operation.node.inputs)
+        passes = node.op in (*POOLS, "cat") and all(name in self.positive for name in node.inputs)
         clamped = last == ("clamp",) and operation.bounds[-1][0] >= 0
         if passes or clamped or last in (("relu",), ("hardsigmoid",)):
-            self.positive.add(name)
+            self.positive.add(operation.output.name)
 
     def _torch(self, operation: Operation, step: Step) -> None:
         for name in operation.node.inputs:
@@ -123,15 +109,13 @@ class Planner:
         residual = self._residual(operation, out)
         name = operation.node.inputs[0]
         top, bottom, left, right = layer.padding
-        if layer.stride == (1, 1):
-            x = self.planar(name, operation)
-            x.need(max(top, bottom), max(left, right))
-            x.unite(out)
-        elif not moves.split_by_phase(layer):
-            x = self.planar(name, operation)
-            x.need(max(top, bottom), max(left, right))
-        else:
+        if moves.split_by_phase(layer):
             x = self._phases(operation, name, layer, out)
+        else:
+            x = self.planar(name, operation)
+            x.need(max(top, bottom), max(left, right))
+        if layer.stride == (1, 1):
+            x.unite(out)
         step.reads, step.writes = [x, *residual], [out]
         if layer.kind == "depthwise":
             step.emit = lambda: emit.depthwise(step, self.threads, layer, x, out, residual)
@@ -143,10 +127,8 @@ class Planner:
         """A strided layer's input, split so that each tap of all outputs is one image: the kernel runs at stride 1."""
         source = None if name in self.objects else self.planar(name, operation)
         phases = moves.phases(layer)
-        reach = [
-            max(k * d // s for k in range(n))
-            for n, d, s in zip(layer.shape[2:], layer.dilation, layer.stride, strict=True)
-        ]
+        axes = zip(layer.shape[2:], layer.dilation, layer.stride, strict=True)
+        reach = [(n - 1) * d // s for n, d, s in axes]
         images, channels = self.shapes[name][:2]
         x = Planar(images, channels * len(phases), out.H + reach[0], out.W + reach[1], self.width)
         x.unite(out)
@@ -176,16 +158,10 @@ class Planner:
             step.emit = lambda: pooling.mean(step, self.threads, x, out)
         else:
             out = self.make_planar(name)
-            window = pooling.Window.of(node)
-            reach_h, reach_w = window.overhang((x.H, x.W), (out.H, out.W))
-            zeros = reach_h or reach_w
-            # Zeros around the image stand for nothing at all in an average, and in a maximum of what is never negative,
-            # if every window sees a pixel too (a dilated one may not).
-            harmless = node.inputs[0] in self.positive and window.dilation == (1, 1)
-            fast = window.regular and (node.op != "max_pool2d" or not zeros or harmless)
-            if fast:
-                x.need(reach_h, reach_w)
-            step.emit = lambda: pooling.pool(step, self.threads, window, fast, x, out)
+            zeros = pooling.zeros_around(node, x, out, positive=node.inputs[0] in self.positive)
+            if zeros:
+                x.need(*zeros)
+            step.emit = lambda: pooling.pool(step, self.threads, zeros is not None, x, out)
         step.writes = [out]
 
     def _pointwise(self, operation: Operation, step: Step) -> None:

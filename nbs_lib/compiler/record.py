@@ -1,7 +1,5 @@
 """What tuning found on this machine, on disk: one file per CPU and version of the kernels, which `compile` reads."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings
@@ -39,17 +37,14 @@ class Record(Fixed):
     def __init__(self, path: str | Path | None = None):
         version = f"{llvm.get_host_cpu_name()}-{jit.width()}-{jit.fingerprint()}"
         self.path = Path(path) if path else cache_dir() / "tuning" / f"{version}.json"
-        self.entries = {}
         try:
             found = json.loads(self.path.read_text()) if self.path.exists() else {}
-            entries = found.items() if isinstance(found, dict) else [("the file", found)]
         except (ValueError, OSError, RecursionError) as error:
-            entries = [("the file", str(error))]
-        for key, entry in entries:
-            if _sound(entry):
-                self.entries[key] = entry
-            else:
-                warnings.warn(f"skipped in the tuning record {self.path}: {key}, which no tuning wrote", stacklevel=3)
+            found = str(error)
+        entries = found if isinstance(found, dict) else {"the file": found}
+        self.entries = {key: entry for key, entry in entries.items() if _sound(entry)}
+        for key in [key for key in entries if key not in self.entries]:
+            warnings.warn(f"skipped in the tuning record {self.path}: {key}, which no tuning wrote", stacklevel=3)
 
     def entry(self, layer: LayerSpec, images: int, threads: int) -> dict | None:
         return self.entries.get(layer_key(layer, images, threads)) if self.entries else None

@@ -1,6 +1,6 @@
 """Cuts convolutions into tiles and shares them among threads (mapping 4.3: load balance)."""
 
-from __future__ import annotations
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -17,16 +17,16 @@ def schedule(step: Step, threads: int, reverse: bool) -> list[Launch]:
         if not isinstance(part, Tiled):
             launches.append(part)
             continue
-        pieces = cut(part.vectors, part.rows, part.tiling.vectors)
+        pieces = cut(part.out.vectors, part.rows, part.tiling.vectors)
         shares = balanced(threads, pieces, part.columns, part.tiling.split)
         for (vectors, count, first), ranges in zip(pieces, shares, strict=True):
             if reverse:  # a thread keeps its pixels, which the step before has left in its own core's cache
                 ranges = [(count - end, count - begin, *groups) for begin, end, *groups in ranges]
             launches.append(part.launch(vectors, count, first, ranges, reverse))
             tiles.append(f"{part.rows}x{vectors}")
-    step.kernels = list(dict.fromkeys(launch.kernel.name for launch in launches))
+    step.kernels = list(dict.fromkeys(launch.kernel for launch in launches))
     if step.kernels and step.kernel not in ("copy", "phases"):  # moves keep the name of what they are for
-        step.kernel = step.kernels[0]
+        step.kernel = step.kernels[0].name
     step.tile = " ".join(dict.fromkeys(tiles)) or step.tile
     shared = [x for x in step.writes if launches and x.shared and isinstance(x, Planar)]
     return [clear(threads, x, step.fills) for x in shared] + (launches[::-1] if reverse else launches)
@@ -48,9 +48,7 @@ def balanced(threads: int, pieces, columns: np.ndarray, split: str | None = None
     shares = share(columns + 1.0, threads)
     heaviest = max((columns[begin:end] + 1.0).sum() for begin, end in shares) / (columns + 1.0).sum()
     by_tile = split == "tiles" or split is None and max(loads) / sum(loads) <= 1.02 * heaviest
-    ranges = []
-    for count, (_, tiles, _) in zip(counts, pieces, strict=True):
-        ends = np.cumsum(count)
-        tile_ranges = [(int(end - n), int(end), 0, len(columns)) for end, n in zip(ends, count, strict=True)]
-        ranges.append(tile_ranges if by_tile else [(0, tiles, begin, end) for begin, end in shares])
-    return ranges
+    if not by_tile:
+        return [[(0, tiles, *groups) for groups in shares] for _, tiles, _ in pieces]
+    ends = ((0, *accumulate(count)) for count in counts)
+    return [[(begin, end, 0, len(columns)) for begin, end in pairwise(tiles)] for tiles in ends]

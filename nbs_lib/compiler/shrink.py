@@ -1,7 +1,5 @@
 """Graph -> smaller Graph (mapping 2.1, NPS 2): filters and channels that change no output leave all layers at once."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial, reduce
 

@@ -1,7 +1,5 @@
 """What a plan consists of: compiled steps, steps through PyTorch, and how work is shared among threads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,19 +54,17 @@ class Tiled:
     epilogue: tuple[str, ...]
     fields: dict[str, int]
     columns: np.ndarray  # kept columns per group: the work of one tile
-    vectors: int  # registers per plane
-    register: int  # bytes
-    channels: int  # of the input
-    image: int  # bytes of one input image
+    x: Planar
+    out: Planar
 
     def launch(self, vectors: int, tiles: int, first: int, ranges: Ranges, reverse: bool) -> Launch:
         """`tiles` tiles of `vectors` registers from register `first` on, walked backwards if `reverse`."""
-        size = self.register * vectors
-        start = self.register * first + (size * (tiles - 1) if reverse else 0)
-        block = self.tiling.block or min(max(HALF_L2 // (self.channels * size), 1), MOST_TILES)
+        size = 4 * self.out.width * vectors  # bytes
+        start = 4 * self.out.width * first + (size * (tiles - 1) if reverse else 0)
+        block = self.tiling.block or min(max(HALF_L2 // (self.x.C * size), 1), MOST_TILES)
         fetch = self.tiling.fetch
         if fetch is None:
-            fetch = "columns" if self.columns.mean() > SHORT else "tile" if self.image > HALF_L2 else ""
+            fetch = "columns" if self.columns.mean() > SHORT else "tile" if 4 * self.x.image > HALF_L2 else ""
         fields = self.fields | {"first": start, "step": -size if reverse else size, "block": block}
         kernel = conv.kernel(self.rows, vectors, self.epilogue, fetch, self.tiling.unroll)
         return Launch(kernel, ranges, fields)
@@ -88,7 +84,7 @@ class Step:
     kernel: str = ""
     tile: str = ""
     launched: tuple[int, int] = (0, 0)  # its first launch in the program, and the end of them
-    kernels: list[str] = field(default_factory=list)  # names of all kernels that compute it
+    kernels: list[Kernel] = field(default_factory=list)  # all that compute it
     chosen: str = "copy"  # "sparse", "dense", "torch", "copy"
     why: str = ""
     cycles: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the dense and the sparse kernel, by the model

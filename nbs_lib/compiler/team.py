@@ -1,7 +1,5 @@
 """Threads that stay: each runs the same compiled program beside the caller and meets it after every step."""
 
-from __future__ import annotations
-
 import os
 import queue
 import threading

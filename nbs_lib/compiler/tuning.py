@@ -1,7 +1,6 @@
 """Tuning (mapping A.2, NPS 3): a genetic algorithm looks for each convolution's fastest `Tiling` on this machine."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import math
 import sys
@@ -97,7 +96,7 @@ class Candidates:
         """Every distinct candidate and its ms, in order, the default first; the record is saved on the way."""
         default = Tiling(dense=False)
         tried = {default: self.time(default)}
-        dense_ms, calls = self.time(Tiling(dense=True)), 0
+        dense_ms, turns = self.time(Tiling(dense=True)), itertools.count(1)
 
         def cost(numbers) -> float:
             chosen = {name: GENES[name][int(n)] for name, n in zip(GENES, numbers, strict=True)}
@@ -118,9 +117,7 @@ class Candidates:
 
         def turn() -> bool:
             """After a generation, whether to go on; without anything new, not for ever."""
-            nonlocal calls
-            calls += 1
-            return not over() and calls < evaluations
+            return not over() and next(turns) < evaluations
 
         save()
         if turn():

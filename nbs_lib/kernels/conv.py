@@ -6,42 +6,25 @@ occurrence runs of mapping 4.3). Images keep their rows apart by zero columns, s
 ends: `mask` says where not to write. Stride is gone before: the input has been split into its phases.
 """
 
-from __future__ import annotations
-
-from functools import cache
-
 from nbs_lib.kernels import epilogue as ending
-from nbs_lib.kernels.jit import Kernel, build, header, width
+from nbs_lib.kernels.jit import Kernel, build, width
 
-FIELDS = (
-    "x", "out", "residual", "weights", "columns", "begins", "planes", "bias", "mask", "bounds",
-    "images", "x_image", "out_image", "first", "step", "block",
-)  # fmt: skip
+FIELDS = "x out residual weights columns begins planes bias mask bounds images x_image out_image first step block"
 FETCHES = ("", "columns", "tile")
 DISTANCE = 12  # columns from a multiply-add to the inputs it prefetches: `columns` must go on that far behind its end
 
 
-@cache
 def kernel(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str = "", unroll: int = 1) -> Kernel:
     """The kernel for a register tile of `rows` x `vectors`. `block` tiles go over a group's weights in turn.
 
     `fetch`, what to prefetch: "columns", inputs some columns ahead, which left the nearest cache; "tile", those of the
-    next tile, which are further away; "", nothing. `unroll`: columns per turn of the inner loop.
+    next tile, which are further away; "", nothing. `unroll`: columns per turn of the inner loop. Accumulator `a{i}_{j}`
+    holds filter i of the group at pixel vector j. Per column the shorter side of the tile stays in registers and the
+    longer one streams, so that the tile never spills.
     """
-    name = (
-        f"conv_{rows}x{vectors}_{'_'.join(epilogue) or 'linear'}{fetch and '_' + fetch}{f'_u{unroll}' * (unroll > 1)}"
-    )
-    return build(name, source(rows, vectors, epilogue, fetch, unroll, 4 * width()), FIELDS, width())
-
-
-def source(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str, unroll: int, lanes: int) -> str:
-    """Python source of the kernel; `lanes` is the byte size of a register.
-
-    Accumulator `a{i}_{j}` holds filter i of the group at pixel vector j. Per column the shorter side of the tile stays
-    in registers and the longer one streams, so that the tile never spills.
-    """
+    lanes = 4 * width()
     text = [
-        *header(FIELDS), *ending.constants(epilogue),
+        *ending.constants(epilogue),
         "    for image in range(images):",
         "        for head in range(tile_begin, tile_end, block):",
         "            tail = min(head + block, tile_end)",
@@ -50,7 +33,7 @@ def source(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str, unrol
         "                end = load_int32(begins + 4 * group + 4)",
         f"                row = {4 * rows} * group",
         "                for tile in range(head, tail):",
-    ]  # fmt: skip
+    ]
     body = ["position = first + tile * step", "pixel = x + image * x_image + position"]
     body += ["begin = first_column", f"w = weights + {4 * rows} * begin"]
     for i in range(rows):
@@ -68,7 +51,8 @@ def source(rows: int, vectors: int, epilogue: tuple[str, ...], fetch: str, unrol
         for j in range(vectors):
             value = ending.apply(epilogue, f"a{i}_{j}", f"residual + plane + {lanes * j}")
             body += [f"store_kept(out + plane + {lanes * j}, {value}, m{j})"]
-    return "\n".join(text + [" " * 20 + line for line in body])
+    name = f"conv_{rows}x{vectors}_{ending.name(epilogue)}{fetch and '_' + fetch}{f'_u{unroll}' * (unroll > 1)}"
+    return build(name, FIELDS, "\n".join(text + [" " * 20 + line for line in body]), width())
 
 
 def _column(rows: int, vectors: int, fetch: str, n: int, lanes: int) -> list[str]:

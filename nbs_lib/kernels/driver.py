@@ -1,6 +1,6 @@
 """Runs a whole program of kernels inside compiled code: one call per thread and network, no Python between layers."""
 
-from __future__ import annotations
+from functools import partial
 
 from numba import njit, types
 
@@ -12,6 +12,7 @@ sched_yield = types.ExternalFunction("sched_yield", types.int32())
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
+@partial(cached, njit("void(int64, int64)", nogil=True, cache=True))
 def run(order, thread):
     """Run a program's part as thread `thread`; `order`: address of the eight int64 below.
 
@@ -39,9 +40,7 @@ def run(order, thread):
             clock_gettime(1, times + 32 * launch + 16)
 
 
-run = cached(njit("void(int64, int64)", nogil=True, cache=True), run)
-
-
+@partial(cached, njit("int64(int64, int64, int64, int64)", nogil=True, cache=True))
 def serve(ticket, thread, seen, patience):
     """Run the order whose address follows the int64 at `ticket` whenever that changes from `seen`, and count it done in
     the int64 behind; give the last ticket seen back after `patience` looks in vain."""
@@ -56,9 +55,7 @@ def serve(ticket, thread, seen, patience):
     return seen
 
 
-serve = cached(njit("int64(int64, int64, int64, int64)", nogil=True, cache=True), serve)
-
-
+@partial(cached, njit("void(int64, int64)", nogil=True, cache=True))
 def lead(ticket, helpers):
     """Post the order at `ticket`, run it as thread 0 and wait until all helpers are done."""
     fetch_add(ticket, 1)
@@ -69,6 +66,3 @@ def lead(ticket, helpers):
         if spins > SPINS:
             sched_yield()
     fetch_add(ticket + 16, -helpers)
-
-
-lead = cached(njit("void(int64, int64)", nogil=True, cache=True), lead)

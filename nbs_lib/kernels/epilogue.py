@@ -5,10 +5,13 @@ Bounds are data (a pair of float32 at `bounds` per clamp and per relu): a consta
 one instruction of a ReLU by three.
 """
 
-from __future__ import annotations
-
 BOUNDED = ("relu", "clamp")
 WORDS = (*BOUNDED, "hardswish", "hardsigmoid", "add")
+
+
+def name(epilogue: tuple[str, ...]) -> str:
+    """What a kernel's name says of its end."""
+    return "_".join(epilogue) or "linear"
 
 
 def constants(epilogue: tuple[str, ...]) -> list[str]:

@@ -5,8 +5,6 @@ entries are the kernel's FIELDS (addresses, counts, byte strides) and whose tail
 Its source is written to the cache folder and compiled there by Numba, so a new process only loads machine code.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Callable
@@ -24,7 +22,6 @@ from nbs_lib.kernels import vector
 from nbs_lib.paths import cache_dir, write_atomic
 
 width = vector.host_width  # of the vectors kernels are generated for
-RANGES = 4  # int64 per thread behind the fields: first and last tile, first and last group
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +35,10 @@ class Kernel:
     keep: object = field(repr=False)
 
     def arguments(self, ranges: list[tuple[int, int, int, int]], **values: int) -> np.ndarray:
-        """The int64 argument array: one value per field, then one range per thread."""
-        if set(values) != set(self.fields):
+        """The int64 argument array: one of the `values` per field, then one range per thread."""
+        if not set(self.fields) <= set(values):
             raise ValueError(f"Expected the fields {self.fields} for {self.name}. Got {tuple(values)}.")
         return np.array([values[name] for name in self.fields] + [limit for r in ranges for limit in r], np.int64)
-
-
-def header(fields: tuple[str, ...]) -> list[str]:
-    """The first lines of every kernel: fields and this thread's ranges become local names."""
-    lines = ["def kernel(args, thread):"]
-    lines += [f"    {name} = load_int64(args + {8 * i})" for i, name in enumerate(fields)]
-    lines += [f"    ranges = args + {8 * len(fields)} + {8 * RANGES} * thread"]
-    names = ("tile_begin", "tile_end", "group_begin", "group_end")
-    return lines + [f"    {name} = load_int64(ranges + {8 * i})" for i, name in enumerate(names)]
 
 
 @cache
@@ -72,15 +60,26 @@ def cached(decorate: Callable, function: Callable):
 
 
 @cache
-def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel:
-    """Compile `source` (a module body defining `kernel`) for vectors of `width` floats."""
-    imports = (
-        f"from nbs_lib.kernels import vector\n\nglobals().update(vars(vector.operations({width})))\n"
-        "from numba import float32\n\n"
-        "from nbs_lib.kernels.vector import load_float, load_int32, load_int64, prefetch, store_float\n\n"
-        "inf = float('inf')\n\n\n"
-    )
-    text = imports + source + "\n"
+def build(name: str, fields: str, body: str, width: int) -> Kernel:
+    """Compile the Python text `body`, on vectors of `width`; its `fields`, as words, and ranges become local names."""
+    names, limits = fields.split(), ("tile_begin", "tile_end", "group_begin", "group_end")
+    lines = ["def kernel(args, thread):"]
+    lines += [f"    {name} = load_int64(args + {8 * i})" for i, name in enumerate(names)]
+    lines += [f"    ranges = args + {8 * len(names)} + {8 * len(limits)} * thread"]
+    lines += [f"    {name} = load_int64(ranges + {8 * i})" for i, name in enumerate(limits)]
+    source = "\n".join([*lines, body.strip("\n").rstrip()])
+    text = f"""from nbs_lib.kernels import vector
+
+globals().update(vars(vector.operations({width})))
+from numba import float32
+
+from nbs_lib.kernels.vector import load_float, load_int32, load_int64, prefetch, store_float
+
+inf = float('inf')
+
+
+{source}
+"""
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = cache_dir() / "kernels" / fingerprint() / f"{name}_{digest}.py"
     if not path.exists() or path.read_bytes() != text.encode():
@@ -89,4 +88,4 @@ def build(name: str, source: str, fields: tuple[str, ...], width: int) -> Kernel
     sys.modules[module.__name__] = module  # Numba pickles functions by module name
     exec(compile(text, str(path), "exec"), module.__dict__)
     function = cached(numba.cfunc("void(int64, int64)", nopython=True, cache=True), module.kernel)
-    return Kernel(name, source, fields, function.address, function)
+    return Kernel(name, source, tuple(names), function.address, function)

@@ -6,17 +6,10 @@ input value is broadcast; four columns are in flight to hide the latency of the 
 gathered; `width` filters go side by side, so that what one brings into the near cache serves the others.
 """
 
-from __future__ import annotations
-
-from functools import cache
-
 from nbs_lib.kernels import epilogue as ending
-from nbs_lib.kernels.jit import Kernel, build, header, width
+from nbs_lib.kernels.jit import Kernel, build, width
 
-FIELDS = (
-    "x", "out", "residual", "weights", "columns", "begins", "planes", "bias", "bounds",
-    "images", "x_image", "out_image",
-)  # fmt: skip
+FIELDS = "x out residual weights columns begins planes bias bounds images x_image out_image"
 FLIGHT = 4
 AHEAD = 8192  # bytes
 
@@ -26,16 +19,11 @@ def lanes() -> int:
     return min(8, width())
 
 
-@cache
 def kernel(epilogue: tuple[str, ...]) -> Kernel:
     """The kernel; `columns` are byte offsets into the input vector, `planes` byte offsets of the groups' outputs."""
-    return build(f"linear_{lanes()}_{'_'.join(epilogue) or 'linear'}", source(epilogue, 4 * lanes()), FIELDS, lanes())
-
-
-def source(epilogue: tuple[str, ...], size: int) -> str:
-    """Python source; `size` is the byte size of a register."""
-    text = [*header(FIELDS), *ending.constants(epilogue)]
-    text += [
+    size = 4 * lanes()
+    text = [
+        *ending.constants(epilogue),
         "    for group in range(group_begin, group_end):",
         "        begin = load_int32(begins + 4 * group)",
         "        end = load_int32(begins + 4 * group + 4)",
@@ -60,40 +48,38 @@ def source(epilogue: tuple[str, ...], size: int) -> str:
         f"            a0 = {'add(' * (FLIGHT - 1)}a0{''.join(f', a{i})' for i in range(1, FLIGHT))}",
         f"            store(out + target, {ending.apply(epilogue, 'a0', 'residual + target')})",
     ]
-    return "\n".join(text)
+    return build(f"linear_{lanes()}_{ending.name(epilogue)}", FIELDS, "\n".join(text), lanes())
 
 
-@cache
 def gathered(epilogue: tuple[str, ...]) -> Kernel:
-    """The kernel for filters with lists of their own; `columns` are uint16 column numbers, `begins` count registers."""
-    name = f"gathered_{width()}_{'_'.join(epilogue) or 'linear'}"
-    return build(name, gathered_source(epilogue, width()), FIELDS, width())
+    """The kernel for filters with lists of their own; `columns` are uint16 column numbers, `begins` count registers.
 
-
-def gathered_source(epilogue: tuple[str, ...], lanes: int) -> str:
-    """Python source; register r of filter i of a group lies at ((begin + r) * lanes + i) * lanes weights."""
-    size = 4 * lanes
-    text = [*header(FIELDS), *ending.constants(epilogue)]
-    text += [
+    Register r of filter i of a group lies at ((begin + r) * width + i) * width weights.
+    """
+    size, filters = 4 * width(), range(width())
+    group = size * width()  # bytes of a register of every filter
+    text = [
+        *ending.constants(epilogue),
         "    for group in range(group_begin, group_end):",
         "        begin = load_int32(begins + 4 * group)",
         "        end = load_int32(begins + 4 * group + 4)",
         "        plane = load_int32(planes + 4 * group)",
         "        for image in range(images):",
         "            source = x + image * x_image",
-        f"            w = weights + {size * lanes} * begin",
-        f"            c = columns + {2 * lanes * lanes} * begin",
-        *[f"            a{i} = splat(float32(0))" for i in range(lanes)],
+        f"            w = weights + {group} * begin",
+        f"            c = columns + {group // 2} * begin",
+        *[f"            a{i} = splat(float32(0))" for i in filters],
         "            for register in range(begin, end):",
     ]
-    for i in range(lanes):
-        text += [f"                a{i} = fma(gather(source, c + {2 * lanes * i}), load(w + {size * i}), a{i})"]
+    for i in filters:
+        text += [f"                a{i} = fma(gather(source, c + {size // 2 * i}), load(w + {size * i}), a{i})"]
         text += [f"                prefetch(w + {AHEAD + size * i})"]  # the weights come from memory, once
-    text += [f"                w += {size * lanes}", f"                c += {2 * lanes * lanes}"]
-    text += ["            target = image * out_image + plane"]
-    text += [f"            store_float(out + target + {4 * i}, total(a{i}))" for i in range(lanes)]
     text += [
+        f"                w += {group}",
+        f"                c += {group // 2}",
+        "            target = image * out_image + plane",
+        *[f"            store_float(out + target + {4 * i}, total(a{i}))" for i in filters],
         f"            a = add(load(out + target), load(bias + {size} * group))",
         f"            store(out + target, {ending.apply(epilogue, 'a', 'residual + target')})",
     ]
-    return "\n".join(text)
+    return build(f"gathered_{width()}_{ending.name(epilogue)}", FIELDS, "\n".join(text), width())

@@ -5,11 +5,9 @@ register tile is written down explicitly: every name in a generated kernel is on
 Addresses are int64 bytes, so that one kernel serves every array and the structure of a pruned layer is plain data.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
@@ -18,26 +16,18 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 FLOAT = ir.FloatType()
-BYTE = ir.IntType(8)
+BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 TRUTH = ir.IntType(1)
-INT = ir.IntType(32)
-LONG = ir.IntType(64)
+FEATURES = llvm.get_host_cpu_features()
+HOST_REGISTERS = 32 if FEATURES.get("avx512f") or not FEATURES.get("sse") else 16  # 32 with AVX-512 and NEON
 
 
 def host_width() -> int:
     """Floats per register of this CPU: 16 (AVX-512), 8 (AVX), 4 (SSE, NEON), or what `NBS_VECTOR_WIDTH` forces."""
-    features = llvm.get_host_cpu_features()
-    width = 16 if features.get("avx512f") else 8 if features.get("avx") else 4
     forced = os.environ.get("NBS_VECTOR_WIDTH")
     if forced and int(forced) not in (4, 8, 16):
         raise ValueError(f"Expected NBS_VECTOR_WIDTH to be 4, 8 or 16. Got {forced}.")
-    return int(forced) if forced else width
-
-
-# 32 architectural vector registers with AVX-512 and NEON, 16 before.
-HOST_REGISTERS = (
-    32 if llvm.get_host_cpu_features().get("avx512f") or not llvm.get_host_cpu_features().get("sse") else 16
-)
+    return int(forced) if forced else 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx") else 4
 
 
 class Vector(types.Type):
@@ -54,82 +44,66 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.register)
 
 
+def operation(result: types.Type, *arguments: types.Type) -> Callable:
+    """Decorator: what a function of an LLVM builder and values emits becomes an operation on these Numba types."""
+
+    def decorate(emit: Callable) -> Callable:
+        def codegen(context, builder, signature, values):
+            value = emit(builder, *values)
+            return context.get_dummy_value() if result is types.void else value
+
+        @intrinsic
+        @wraps(emit)  # Numba takes the number of arguments from its signature
+        def typed(typing, *_):
+            return result(*arguments), codegen
+
+        return typed
+
+    return decorate
+
+
 def _pointer(builder, address, to):
     return builder.inttoptr(address, ir.PointerType(to))
 
 
-def _loader(result: types.Type, stored: ir.Type) -> Callable:
-    """An intrinsic: what lies at an address (bytes); integers come as int64."""
-
-    @intrinsic
-    def load(typing, address):
-        def codegen(context, builder, signature, args):
-            value = builder.load(_pointer(builder, args[0], stored))
-            return value if stored == FLOAT else builder.sext(value, LONG)
-
-        return result(types.int64), codegen
-
-    return load
+def _read(builder, address, stored: ir.Type, align: int | None = None):
+    return builder.load(_pointer(builder, address, stored), align=align)
 
 
-load_int64, load_int32 = _loader(types.int64, LONG), _loader(types.int64, INT)
-load_float = _loader(types.float32, FLOAT)
+load_int64 = operation(types.int64, types.int64)(lambda b, address: _read(b, address, LONG))
+load_int32 = operation(types.int64, types.int64)(lambda b, address: b.sext(_read(b, address, INT), LONG))
+load_float = operation(types.float32, types.int64)(lambda b, address: _read(b, address, FLOAT))
 
 
-@intrinsic
-def store_float(typing, address, value):
-    """Write one float32 at `address`."""
-
-    def codegen(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], FLOAT))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
+@operation(types.void, types.int64, types.float32)
+def store_float(builder, address, value):
+    builder.store(value, _pointer(builder, address, FLOAT))
 
 
-@intrinsic
-def prefetch(typing, address):
+@operation(types.void, types.int64)
+def prefetch(builder, address):
     """Ask for the cache line at `address`; never faults."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
-        function = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
-        builder.call(function, [_pointer(builder, args[0], BYTE), INT(0), INT(3), INT(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+    function = builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+    builder.call(function, [_pointer(builder, address, BYTE), INT(0), INT(3), INT(1)])
 
 
-@intrinsic
-def call(typing, function, arguments, thread):
+@operation(types.void, types.int64, types.int64, types.int64)
+def call(builder, function, arguments, thread):
     """Call the kernel at address `function` (a `cfunc` of signature void(int64, int64))."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [LONG, LONG])
-        builder.call(_pointer(builder, args[0], kind), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
+    builder.call(_pointer(builder, function, ir.FunctionType(ir.VoidType(), [LONG, LONG])), [arguments, thread])
 
 
-@intrinsic
-def fetch_add(typing, address, value):
+@operation(types.int64, types.int64, types.int64)
+def fetch_add(builder, address, value):
     """Atomically add to the int64 at `address`; returns what was there before."""
-
-    def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0], LONG), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
+    return builder.atomic_rmw("add", _pointer(builder, address, LONG), value, "seq_cst")
 
 
-@intrinsic
-def atomic_load(typing, address):
+@operation(types.int64, types.int64)
+def atomic_load(builder, address):
     """The int64 at `address`, as other threads last wrote it."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(_pointer(builder, args[0], LONG), "acquire", 8)
-
-    return types.int64(types.int64), codegen
+    return builder.load_atomic(_pointer(builder, address, LONG), "acquire", 8)
 
 
 @cache
@@ -137,152 +111,86 @@ def operations(width: int) -> SimpleNamespace:
     """Operations on vectors of `width` float32; every name is about one machine instruction.
 
     `load_mask` reads int32 lanes (not 0: true); `store_kept` writes those lanes, and zeros into the others;
-    `even` and `odd` take every second lane of two vectors, `slide<n>` the lanes from n on; `total` sums the lanes.
+    `even` and `odd` take every second lane of two vectors, `slide<n>` the lanes from n on; `total` sums the lanes;
+    `gather` takes uint16 numbers of floats behind an address.
 
-    NaN passes through `maximum(x, bound)` and `minimum(x, bound)` when it is in `x`, as in PyTorch's clamp.
+    NaN passes through `maximum(x, bound)` and `minimum(x, bound)` when it is in `x`, as in PyTorch's clamp;
+    `largest` is the larger one, and NaN if either is, as in PyTorch's max pooling.
     """
-    if width not in (4, 8, 16):
-        raise ValueError(f"Expected a vector width of 4, 8 or 16 floats. Got {width}.")
     vector, truth = Vector(width), Vector(width, TRUTH)
     register, bits = vector.register, ir.VectorType(INT, width)
-    zero = ir.Constant(register, [0.0] * width)
+    unary, binary = operation(vector, vector), operation(vector, vector, vector)
 
-    def constant_shuffle(builder, a, b, lanes):
-        return builder.shuffle_vector(a, b, ir.Constant(bits, lanes))
+    def constant(value: float) -> ir.Constant:
+        return ir.Constant(register, [value] * width)
 
-    @intrinsic
-    def load(typing, address):
-        def codegen(context, builder, signature, args):
-            value = builder.load(_pointer(builder, args[0], register))
-            value.align = 4
-            return value
+    def lanes(numbers: Iterable[int]) -> Callable:
+        return lambda builder, a, b: builder.shuffle_vector(a, b, ir.Constant(bits, list(numbers)))
 
-        return vector(types.int64), codegen
+    @operation(vector, types.int64)
+    def load(builder, address):
+        return _read(builder, address, register, align=4)
 
-    @intrinsic
-    def store(typing, address, value):
-        def codegen(context, builder, signature, args):
-            builder.store(args[1], _pointer(builder, args[0], register), align=4)
-            return context.get_dummy_value()
+    @operation(types.void, types.int64, vector)
+    def store(builder, address, value):
+        builder.store(value, _pointer(builder, address, register), align=4)
 
-        return types.void(types.int64, vector), codegen
+    @operation(truth, types.int64)
+    def load_mask(builder, address):
+        return builder.icmp_signed("!=", _read(builder, address, bits, align=4), ir.Constant(bits, [0] * width))
 
-    @intrinsic
-    def gather(typing, base, numbers):
-        def codegen(context, builder, signature, args):
-            short = ir.VectorType(ir.IntType(16), width)
-            loaded = builder.load(_pointer(builder, args[1], short))
-            loaded.align = 2
-            if width == 16 and llvm.get_host_cpu_features().get("avx512f"):
-                kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, truth.register, INT])
-                function = builder.module.declare_intrinsic("llvm.x86.avx512.mask.gather.dps.512", fnty=kind)
-                everywhere = ir.Constant(truth.register, [1] * width)
-                operands = [zero, _pointer(builder, args[0], BYTE), builder.zext(loaded, bits), everywhere, INT(4)]
-                return builder.call(function, operands)
-            value = zero
-            for lane in range(width):
-                number = builder.zext(builder.extract_element(loaded, INT(lane)), LONG)
-                address = builder.add(args[0], builder.mul(number, LONG(4)))
-                value = builder.insert_element(value, builder.load(_pointer(builder, address, FLOAT)), INT(lane))
-            return value
+    @operation(types.void, types.int64, vector, truth)
+    def store_kept(builder, address, value, mask):
+        builder.store(builder.select(mask, value, constant(0.0)), _pointer(builder, address, register), align=4)
 
-        return vector(types.int64, types.int64), codegen
+    @operation(vector, types.int64, types.int64)
+    def gather(builder, base, numbers):
+        loaded = _read(builder, numbers, ir.VectorType(SHORT, width), align=2)
+        value = constant(0.0)
+        if width == 16 and FEATURES.get("avx512f"):
+            kind = ir.FunctionType(register, [register, BYTE.as_pointer(), bits, truth.register, INT])
+            function = builder.module.declare_intrinsic("llvm.x86.avx512.mask.gather.dps.512", fnty=kind)
+            everywhere = ir.Constant(truth.register, [1] * width)
+            operands = [value, _pointer(builder, base, BYTE), builder.zext(loaded, bits), everywhere, INT(4)]
+            return builder.call(function, operands)
+        for lane in range(width):
+            number = builder.zext(builder.extract_element(loaded, INT(lane)), LONG)
+            address = builder.add(base, builder.mul(number, LONG(4)))
+            value = builder.insert_element(value, _read(builder, address, FLOAT), INT(lane))
+        return value
 
-    @intrinsic
-    def splat(typing, scalar):
-        def codegen(context, builder, signature, args):
-            single = builder.insert_element(ir.Constant(register, ir.Undefined), args[0], ir.Constant(INT, 0))
-            return constant_shuffle(builder, single, single, [0] * width)
+    @operation(vector, types.float32)
+    def splat(builder, scalar):
+        single = builder.insert_element(ir.Constant(register, ir.Undefined), scalar, INT(0))
+        return lanes([0] * width)(builder, single, single)
 
-        return vector(types.float32), codegen
+    @operation(vector, vector, vector, vector)
+    def fma(builder, a, b, c):
+        kind = ir.FunctionType(register, [register] * 3)
+        return builder.call(builder.module.declare_intrinsic(f"llvm.fma.v{width}f32", fnty=kind), [a, b, c])
 
-    @intrinsic
-    def fma(typing, a, b, c):
-        def codegen(context, builder, signature, args):
-            kind = ir.FunctionType(register, [register] * 3)
-            return builder.call(builder.module.declare_intrinsic(f"llvm.fma.v{width}f32", fnty=kind), args)
-
-        return vector(vector, vector, vector), codegen
-
-    def binary(operation):
-        @intrinsic
-        def function(typing, a, b):
-            def codegen(context, builder, signature, args):
-                return operation(builder, *args)
-
-            return vector(vector, vector), codegen
-
-        return function
-
-    @intrinsic
-    def load_mask(typing, address):
-        def codegen(context, builder, signature, args):
-            value = builder.load(_pointer(builder, args[0], bits))
-            value.align = 4
-            return builder.icmp_signed("!=", value, ir.Constant(bits, [0] * width))
-
-        return truth(types.int64), codegen
-
-    @intrinsic
-    def store_kept(typing, address, value, mask):
-        def codegen(context, builder, signature, args):
-            builder.store(builder.select(args[2], args[1], zero), _pointer(builder, args[0], register), align=4)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, vector, truth), codegen
+    @operation(types.float32, vector)
+    def total(builder, value):
+        half = width // 2
+        while half:
+            folded = [min(i + half, width - 1) if i < half else i for i in range(width)]
+            value, half = builder.fadd(value, lanes(folded)(builder, value, value)), half // 2
+        return builder.extract_element(value, INT(0))
 
     def hard_gate(builder, a):
         """min(max(a + 3, 0), 6) / 6, NaN kept."""
-        value = builder.fadd(a, ir.Constant(register, [3.0] * width))
-        for sign, bound in ((">", 0.0), ("<", 6.0)):
-            limit = ir.Constant(register, [bound] * width)
+        value = builder.fadd(a, constant(3.0))
+        for sign, limit in ((">", constant(0.0)), ("<", constant(6.0))):
             value = builder.select(builder.fcmp_ordered(sign, limit, value), limit, value)
-        return builder.fmul(value, ir.Constant(register, [1 / 6] * width))
-
-    def unary(operation):
-        @intrinsic
-        def function(typing, a):
-            def codegen(context, builder, signature, args):
-                return operation(builder, *args)
-
-            return vector(vector), codegen
-
-        return function
-
-    @intrinsic
-    def total(typing, a):
-        def codegen(context, builder, signature, args):
-            value, lanes = args[0], width
-            while lanes > 1:
-                lanes //= 2
-                folded = [min(i + lanes, width - 1) if i < lanes else i for i in range(width)]
-                value = builder.fadd(value, constant_shuffle(builder, value, value, folded))
-            return builder.extract_element(value, ir.Constant(INT, 0))
-
-        return types.float32(vector), codegen
+        return builder.fmul(value, constant(1 / 6))
 
     return SimpleNamespace(
-        width=width,
-        load=load,
-        store=store,
-        splat=splat,
-        gather=gather,
-        fma=fma,
-        total=total,
-        add=binary(lambda b, x, y: b.fadd(x, y)),
-        mul=binary(lambda b, x, y: b.fmul(x, y)),
+        load=load, store=store, load_mask=load_mask, store_kept=store_kept, gather=gather, splat=splat, fma=fma,
+        total=total, add=binary(lambda b, x, y: b.fadd(x, y)), mul=binary(lambda b, x, y: b.fmul(x, y)),
         maximum=binary(lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x)),
-        # The larger one, and NaN if either is: PyTorch's max pooling.
-        largest=binary(lambda b, x, y: b.select(b.or_(b.fcmp_ordered(">", y, x), b.fcmp_unordered("uno", y, y)), y, x)),
         minimum=binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x)),
-        load_mask=load_mask,
-        store_kept=store_kept,
-        hardsigmoid=unary(hard_gate),
-        hardswish=unary(lambda b, x: b.fmul(x, hard_gate(b, x))),
-        even=binary(lambda b, x, y: constant_shuffle(b, x, y, list(range(0, 2 * width, 2)))),
-        odd=binary(lambda b, x, y: constant_shuffle(b, x, y, list(range(1, 2 * width, 2)))),
-        **{
-            f"slide{n}": binary(lambda b, x, y, n=n: constant_shuffle(b, x, y, list(range(n, n + width))))
-            for n in range(1, width)
-        },
-    )
+        largest=binary(lambda b, x, y: b.select(b.or_(b.fcmp_ordered(">", y, x), b.fcmp_unordered("uno", y, y)), y, x)),
+        hardsigmoid=unary(hard_gate), hardswish=unary(lambda b, x: b.fmul(x, hard_gate(b, x))),
+        even=binary(lanes(range(0, 2 * width, 2))), odd=binary(lanes(range(1, 2 * width, 2))),
+        **{f"slide{n}": binary(lanes(range(n, n + width))) for n in range(1, width)},
+    )  # fmt: skip
