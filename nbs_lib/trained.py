@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -186,16 +186,15 @@ def accuracies(
         threads = max(1, torch.get_num_threads() // jobs)
         spawn = multiprocessing.get_context("spawn")  # forks of a process with running threads hang
         with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            # a dense network is trained for one setting, before others want it
-            first = {tuple(getattr(s, name) for name in DENSE_NAMES): s for s in missing[::-1]}
-            for batch in (list(first.values()), [s for s in missing if s not in first.values()]):
-                futures = [pool.submit(setting.run) for setting in batch]
-                for future in tqdm(as_completed(futures), "Training", len(futures), disable=not progress):
-                    row = TRAINED.frame([future.result()])
-                    known[_setting(row.iloc[0])] = row.iloc[0].to_dict()
-                    slug = re.sub(r"[^\w.-]+", "-", row.dataset[0])
-                    if record:
-                        rows_on_disk.append(folder / f"{slug}.csv", row, TRAINED)
+            first = {tuple(getattr(s, name) for name in DENSE_NAMES): s for s in missing}
+            wait([pool.submit(s.dense) for s in first.values()])  # each once, before several want the same
+            futures = [pool.submit(setting.run) for setting in missing]
+            for future in tqdm(as_completed(futures), "Training", len(futures), disable=not progress):
+                row = TRAINED.frame([future.result()])
+                known[_setting(row.iloc[0])] = row.iloc[0].to_dict()
+                slug = re.sub(r"[^\w.-]+", "-", row.dataset[0])
+                if record:
+                    rows_on_disk.append(folder / f"{slug}.csv", row, TRAINED)
     none = {"ok": False, "error": "not on record: train it with live=True"}
     return TRAINED.frame([known.get(setting, asdict(setting) | none) for setting in settings])
 
