@@ -36,7 +36,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
 @dataclass(eq=False)
 class Batches:
-    """Images (uint8, (N, 3, H, W)) and labels (int64, (N,)) in memory, on the GPU where there is one.
+    """Images (uint8, (N, 3, H, W)) and labels (int64, (N,)) in memory, on the GPU where there is one with room.
 
     Iterating yields (images, labels): float32 (B, 3, H, W), normalised, and int64 (B,). `shuffle` and `augment` draw
     from torch's global generator: `torch.manual_seed` repeats an epoch."""
@@ -121,6 +121,8 @@ def load_data(
         raise ValueError(f"Expected batch_size >= 1 and size >= 4 pixels. Got {batch_size} and {size}.")
     train, test, classes, skipped = SOURCES[kind](path, size, skip_bad)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and 2 * sum(part[0].nbytes for part in (train, test)) > torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")  # the network needs the rest; `fit` moves batch by batch
     batches = partial(Batches, batch_size=batch_size)
     train, test = ((images.to(device), labels.to(device)) for images, labels in (train, test))
     crop = train[0].shape[2] // 8 if augment else 0

@@ -203,12 +203,12 @@ def test_a_cut_at_tau_drops_the_groups_below_it():
 
 def test_admm_is_the_loop_on_a_quadratic_problem():
     """f(W) = ||W - T||^2 / 2 with 3 of 9 filters to be kept: W, Z and U by hand, then the residual."""
-    rng, lr, last, growth, epochs, steps = np.random.default_rng(0), 0.1, 20.0, 3.0, 6, 5
+    rng, lr, first, growth, epochs, steps = np.random.default_rng(0), 0.1, 0.1, 3.0, 6, 5
     goal, weight = (rng.normal(size=(9, 17)) for _ in range(2))
     model = nn.Sequential(nn.Linear(17, 9, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.from_numpy(weight))
-    hook = Admm(model, targets(model, {"0": Choice(Filter(), 3)}), last, growth)
+    hook = Admm(model, targets(model, {"0": Choice(Filter(), 3)}), first, growth)
 
     def strongest(matrix):
         kept = np.zeros(matrix.shape)
@@ -216,7 +216,7 @@ def test_admm_is_the_loop_on_a_quadratic_problem():
             kept[row] = matrix[row]
         return kept
 
-    near, scaled_dual, rho, rows = strongest(weight), np.zeros(weight.shape), 0.0, []
+    near, scaled_dual, rho, rows = strongest(weight), np.zeros(weight.shape), first, []
     for epoch in range(1, epochs + 1):
         for _ in range(steps):
             weight = weight - lr * (weight - goal)
@@ -228,16 +228,15 @@ def test_admm_is_the_loop_on_a_quadratic_problem():
         assert_close(model[0].weight.detach().numpy(), weight, rtol=1e-4, atol=1e-5)
         near = strongest(weight + scaled_dual)
         residual = weight - near
-        following = last if epoch >= epochs - 1 else last / growth ** (epochs - 1 - epoch)
-        scaled_dual = (scaled_dual + residual) * rho / following
+        scaled_dual = (scaled_dual + residual) / growth
         rows.append(hook.epoch(epoch, epochs))
         want = np.linalg.norm(residual) / np.linalg.norm(weight)
         assert rows[-1] == pytest.approx({"primal_residual": want, "rho": rho}, rel=1e-3, abs=1e-6)
-        rho = following
+        rho = growth * rho
         assert_close(hook.near["0"].numpy(), near, rtol=1e-4, atol=1e-5)
         assert_close(hook.dual["0"].numpy(), scaled_dual, rtol=1e-4, atol=1e-5)
     residuals = [row["primal_residual"] for row in rows]
-    assert residuals == sorted(residuals, reverse=True) and residuals[-1] < 0.01
+    assert residuals[1:] == sorted(residuals[1:], reverse=True) and residuals[-1] < 0.01
 
 
 # Whole runs, on tiny networks and digits of 8 x 8 pixels.
@@ -256,6 +255,15 @@ class Stream:
         for batch in self.batches:
             self.seen()
             yield batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads gain nothing on networks this small, and lose much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ PULL = 12.0  # lr rho, summed over the last epoch
 
 class Admm(Penalty):
     """min f(W) + rho/2 ||W - Z + U||^2 by steps W <- (W + lr rho (Z - U)) / (1 + lr rho), implicit and so stable for
-    any rho; after each epoch Z <- projection(W + U), U <- U + W - Z. rho rises from epoch to epoch up to `rho`."""
+    any rho; after each epoch Z <- projection(W + U), U <- U + W - Z, and rho grows `growth` times, from `rho` on."""
 
     def __init__(self, model: nn.Module, targets: dict[str, Target], rho: float, growth: float):
         super().__init__(model, targets, rho=rho, growth=growth)
-        self.rho, self.last, self.growth = 0.0, rho, growth
+        self.rho, self.growth = rho, growth
         self.dual = {layer: torch.zeros_like(weight) for layer, weight in self.weights.items()}
         self.near = {layer: torch.zeros_like(weight) for layer, weight in self.weights.items()}
         self._project()
@@ -38,10 +38,9 @@ class Admm(Penalty):
     def epoch(self, done: int, epochs: int) -> dict[str, float]:
         self._project()
         apart = {layer: weight - self.near[layer] for layer, weight in self.weights.items()}
-        used, rho = self.rho, self.last * self.growth ** min(0, done + 1 - epochs)
         for layer, residual in apart.items():
-            self.dual[layer] = (self.dual[layer] + residual) * (self.rho / rho)  # U is the dual divided by rho
-        self.rho = rho
+            self.dual[layer] = (self.dual[layer] + residual) / self.growth  # U is the dual divided by rho
+        used, self.rho = self.rho, self.rho * self.growth
         norm = sum(float(weight.square().sum()) for weight in self.weights.values())
         residual = sum(float(residual.square().sum()) for residual in apart.values())
         return {"primal_residual": (residual / max(norm, 1e-30)) ** 0.5, "rho": used}
@@ -75,7 +74,7 @@ def admm(
     if not (rho is None or rho > 0) or not growth >= 1:
         raise ValueError(f"Expected rho > 0 and growth >= 1. Got {rho!r} and {growth!r}.")
     steps = checked(data, epochs, retrain_epochs, lr, **options)
-    hook = Admm(model, targets, rho or PULL / (lr * steps), growth)
+    hook = Admm(model, targets, (rho or PULL / (lr * steps)) / growth ** max(0, epochs - 1), growth)
     history = train_under(hook, model, data, epochs, lr=lr, **options)
     return retrain(model, cut.by_layer(hook.current()), [history], data, retrain_epochs, lr=lr, **options)
 

@@ -61,7 +61,7 @@ def dots(rows: pd.DataFrame, place: str, ax: plt.Axes, label: str, colour: str, 
 def judge(claims: Claims, key: str, found: pd.Series, how: str, lacking: str = "") -> str:
     """Answer a claim by the mean of `found` (points, one per seed); return the answer. `lacking`: why it cannot be
     tested here, such as "digits are a demonstration"; nor can it where nothing is found."""
-    found = found.dropna()
+    found, how = found.dropna(), how.replace("nan %", "not on record, either")
     told = f"{found.mean():+.2f} points in the mean, {found.min():+.2f}..{found.max():+.2f}, n = {len(found)}"
     if lacking or found.empty:
         claims.cannot(key, lacking + (f"; {how}: {told}" if len(found) else "") or f"not on record; {how}")
