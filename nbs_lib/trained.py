@@ -62,6 +62,9 @@ class Setting:
     options: str = "{}"
     seed: int = 0
 
+    def __post_init__(self):
+        object.__setattr__(self, "options", json.dumps(json.loads(self.options), sort_keys=True))  # one form, one key
+
     def data(self) -> Data:
         """The data set, loaded once per process."""
         return _data(self.dataset, self.size, self.train_images)
