@@ -35,7 +35,7 @@ def main() -> None:
     speeds = []
     with clock.lock():
         for count in range(arguments.rounds + 1):
-            whole = fit(copy.deepcopy(model), data, 1, test_every=0, progress=False).images_per_s[0]
+            whole = fit(copy.deepcopy(model), data, 1, test_every=0, device="cpu", progress=False).images_per_s[0]
             speeds.append((bare(copy.deepcopy(model), next(iter(train)), len(train)), whole))
             print("warm-up" if not count else f"round {count}", *(f"{speed:.0f} images/s" for speed in speeds[-1]))
     ratios = [whole / alone for alone, whole in speeds[1:]]

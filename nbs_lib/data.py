@@ -7,10 +7,11 @@
 import hashlib
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,20 +55,22 @@ class Batches:
         return whole + (rest > (1 if self.shuffle and whole else 0))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        device = self.images.device
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
-        mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (MEAN, STD))
-        for chosen in order.split(self.batch_size)[: len(self)]:
-            images = self._augmented(self.images[chosen.to(self.images.device)])
-            yield (images.float() - mean.to(images.device)) / std.to(images.device), self.labels[chosen]
+        mean, std = ((torch.tensor(value) * 255).view(3, 1, 1).to(device) for value in (MEAN, STD))
+        for chosen in order.to(device).split(self.batch_size)[: len(self)]:
+            images = self._augmented(self.images[chosen])
+            yield (images.float() - mean) / std, self.labels[chosen]
 
     def _augmented(self, images: torch.Tensor) -> torch.Tensor:
         count, _, height, width = images.shape
         if self.crop:
             windows = F.pad(images, (self.crop,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-            down, right = torch.randint(2 * self.crop + 1, (2, count))
-            images = windows[torch.arange(count), :, down, right]
+            down, right = torch.randint(2 * self.crop + 1, (2, count)).to(images.device)
+            images = windows[torch.arange(count, device=images.device), :, down, right]
         if self.flip:
-            images = torch.where((torch.rand(count) < 0.5).view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
+            mirrored = (torch.rand(count) < 0.5).to(images.device)
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 
 
@@ -127,6 +130,7 @@ def load_data(
     train, test = ((images.to(device), labels.to(device)) for images, labels in (train, test))
     crop = train[0].shape[2] // 8 if augment else 0
     shuffled = batches(*train, shuffle=True, crop=crop, flip=augment and kind != "digits")
+    name += f", {size} px" if size else ""
     return Data(name, shuffled, batches(*test), tuple(classes), tuple(skipped))
 
 
@@ -142,7 +146,7 @@ def _digits(_path: str, size: int | None, _skip_bad: bool):
 def _cifar(name: str, _path: str, size: int | None, _skip_bad: bool):
     if size not in (None, 32):
         raise ValueError(f"Expected size 32 for {name}. Got {size}.")
-    make, root = getattr(datasets, name.upper()), Path(os.environ.get("NBS_DATA") or cache_dir() / "data")
+    make, root = getattr(datasets, name.upper()), Path(os.environ.get("NBS_DATA") or cache_dir() / "data").expanduser()
     try:
         try:
             sets = [make(root, train=train) for train in (True, False)]
@@ -191,11 +195,13 @@ def _decoded(folder: Path, files: list[Path], size: int | None, skip_bad: bool) 
     facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((size, facts)).encode()).hexdigest()[:24]
     cached = cache_dir() / "data" / f"{key}.npy"
-    if cached.exists():
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is decoded anew
         return np.load(cached, mmap_mode="c"), {}
     readable = (image for file in files if isinstance(image := _try(partial(_read, size=size), file), np.ndarray))
     shape = (size, size) if size else next((image.shape[1:] for image in readable), (1, 1))
     cached.parent.mkdir(parents=True, exist_ok=True)
+    if (needed := len(files) * 3 * shape[0] * shape[1]) > (free := shutil.disk_usage(cached.parent).free):
+        raise OSError(f"Expected {needed / 1e9:.1f} GB free in {cached.parent} (NBS_CACHE). Got {free / 1e9:.1f} GB.")
     temporary = cached.with_suffix(f".{secrets.token_hex(4)}.part")
     images, bad = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, *shape)), {}
     try:

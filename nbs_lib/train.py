@@ -63,7 +63,7 @@ def fit(
 ) -> pd.DataFrame:
     """Train `model` in place with SGD (Nesterov) and return its history, a row per epoch.
 
-    data: `Data`, or anything whose `train` and `test` yield (float32 (B, C, H, W), int64 (B,)).
+    data: `Data`, or anything whose `train` and `test` have a length and yield (float32 (B, C, H, W), int64 (B,)).
     schedule: of the learning rate, step by step: "cosine" from lr to 0, "one_cycle" up to lr and down, or "constant".
     weight_decay: of matrices and kernels, not of biases and batch norm. average: decay per step of an exponential
     moving average of the weights, which the model holds in the end; 0 for none.
@@ -71,7 +71,7 @@ def fit(
     matrix units. device: by default the GPU, if there is one; the model ends on the device it came from.
     test_every: epochs from one test accuracy to the next; 0: none. The last epoch's always is the one to quote.
     checkpoint: a file, written after every epoch; a call with the same arguments goes on from it, to the same result
-    as without interruption. log: the history as CSV, written after every epoch.
+    as without interruption (on a CPU; a GPU's sums vary from run to run). log: the history as CSV, likewise.
 
     History columns: epoch, lr (of its last step), loss, train_accuracy, test_accuracy (NaN where not evaluated),
     images_per_s, and the hook's. Raises FloatingPointError where the loss is not finite and MemoryError where a batch
@@ -103,6 +103,7 @@ def fit(
         parts["averaged"] = averaged = swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
     settings = dict(epochs=epochs, steps=steps, seed=seed, lr=lr, momentum=momentum, weight_decay=weight_decay)
     settings |= dict(schedule=schedule, label_smoothing=label_smoothing, average=average, mixed=mixed)
+    settings |= {"data": data.name} if hasattr(data, "name") else {}
     safe = _snapshot(parts)
     try:
         rows = _resume(checkpoint, parts, settings)
@@ -233,7 +234,7 @@ def _resume(path: str | Path | None, parts: dict, settings: dict) -> list[dict]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, rows = state["settings"], state["rows"]
-        changed = {key: found.get(key) for key in settings if found.get(key) != settings[key]}
+        changed = {key: found.get(key) for key in settings if found.get(key, settings[key]) != settings[key]}
     except Exception as error:  # whatever torch's unpickler meets in a damaged file
         raise ValueError(
             f"Expected a checkpoint written by fit; delete it to start anew. Got {path}: {error}"

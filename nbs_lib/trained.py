@@ -63,7 +63,11 @@ class Setting:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "options", json.dumps(json.loads(self.options), sort_keys=True))  # one form, one key
+        for field in fields(self):  # one form, one key
+            value = field.type(getattr(self, field.name))
+            if field.name in ("rates", "options") and value:
+                value = json.dumps(json.loads(value), sort_keys=True)
+            object.__setattr__(self, field.name, value)
 
     def data(self) -> Data:
         """The data set, loaded once per process."""
@@ -75,7 +79,7 @@ class Setting:
             torch.manual_seed(0)
             model = build(self.network, num_classes=len(self.data().classes), width=self.width)
         if self.start:
-            load_checkpoint(model, Path(os.environ.get("NBS_DATA", "")) / self.start)
+            load_checkpoint(model, Path(os.environ.get("NBS_DATA", "")).expanduser() / self.start)
         return model
 
     def dense(self, progress: bool = False) -> tuple[torch.nn.Module, pd.DataFrame]:
@@ -136,8 +140,8 @@ class Setting:
         for name in ("lam", "primal_residual"):
             if name in history:
                 found[name] = history[name].dropna().iloc[-1]
-        low, high = [*masks.tau_rates.values()][-1:], [*masks.tau_rates.values()][:1]
-        return found | {"tau_rate_low": min(low + high, default=None), "tau_rate_high": max(low + high, default=None)}
+        around = masks.tau_rates.values()
+        return found | {"tau_rate_low": min(around, default=None), "tau_rate_high": max(around, default=None)}
 
 
 RESULTS = (
@@ -204,5 +208,4 @@ def accuracies(
 
 def _setting(row) -> Setting:
     """The setting of a row."""
-    kinds = {field.name: field.type for field in fields(Setting)}
-    return Setting(**{name: kinds[name](row[name]) for name in SETTINGS})
+    return Setting(**{name: row[name] for name in SETTINGS})

@@ -201,6 +201,18 @@ def test_a_cut_at_tau_drops_the_groups_below_it():
     assert 0 < hook.masks().rate < hook.masks(1.2).rate
 
 
+@pytest.mark.parametrize(("families", "rows", "columns"), [("both", 1, 1), ("rows", 1, 0), ("columns", 0, 1)])
+def test_block_is_penalised_by_rows_by_columns_or_by_both(families, rows, columns):
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    weight = model[0].weight.detach().double().numpy().copy()
+    hook = Reweighted(model, targets(model, {"0": Choice(Block(4, 6), 2)}), 0.5, 0.01, 0.1, "relative", 9, families)
+    hook.step(0.1)
+    square = weight**2 / (weight**2).mean()
+    alpha = 1 / (square.mean(axis=1, keepdims=True) + 0.1), 1 / (square.mean(axis=0, keepdims=True) + 0.1)
+    want = weight / (1 + 2 * 0.1 * 0.5 * (rows * alpha[0] ** 2 + columns * alpha[1] ** 2))
+    np.testing.assert_allclose(model[0].weight.detach().numpy(), want, rtol=1e-5)
+
+
 def test_admm_is_the_loop_on_a_quadratic_problem():
     """f(W) = ||W - T||^2 / 2 with 3 of 9 filters to be kept: W, Z and U by hand, then the residual."""
     rng, lr, first, growth, epochs, steps = np.random.default_rng(0), 0.1, 0.1, 3.0, 6, 5

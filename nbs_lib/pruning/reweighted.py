@@ -21,6 +21,7 @@ from nbs_lib.pruning.training import Groups, Penalty, checked, retrain, train_un
 
 EPS, TAU = 1e-2, 1e-2  # relative energies: alpha is at most 1 / EPS; what falls under TAU is cut
 FORMS = ("relative", "literal")
+FAMILIES = {"both": slice(0, 2), "rows": slice(0, 1), "columns": slice(1, 2)}  # of Block; other schemes have one
 
 
 class GroupPenalty(Penalty):
@@ -62,8 +63,9 @@ class GroupLasso(GroupPenalty):
 class Reweighted(GroupPenalty):
     """Eqs. 1-4; `form="literal"` adds them to the loss as they stand."""
 
-    def __init__(self, *settings, eps: float, form: str, interval: int):
-        super().__init__(*settings, eps=eps, form=form, interval=interval)
+    def __init__(self, model, targets, lam: float, tau: float, eps: float, form: str, interval: int, families="both"):
+        super().__init__(model, targets, lam, tau, eps=eps, form=form, interval=interval, families=families)
+        self.groups = {k: Groups(t, self.weights[k], FAMILIES[families]) for k, t in targets.items()}
         self.eps, self.form, self.interval, self.steps = eps, form, interval, 0
         self._reweight()
 
@@ -111,6 +113,7 @@ def reweighted(
     tau: float = TAU,
     updates: int = 1,
     form: str = "relative",
+    families: str = "both",
     **options,
 ) -> Masks:
     """Masks whose rates, per layer and per block, come from lambda alone; the mapping's rates are ignored.
@@ -118,16 +121,17 @@ def reweighted(
     lam: lambda; what it does grows with lr times steps (lam * lr summed to 0.25 gave about 4x on digits and CIFAR-10).
     target_rate, of all targets' weights together, finds lambda as `_search` says (`lam` beside it is the first one
     tried); history has every epoch that took, by `phase`.
-    updates: of alpha in an epoch; the paper's is one. form="literal": the loss gets the sum of lam alpha^2 ||w_g||^2
+    updates: of alpha in an epoch; the paper's is one. families: whether FC layers under Block are penalised by "rows"
+    (Eq. 2), "columns" (Eq. 3) or "both". form="literal": the loss gets the sum of lam alpha^2 ||w_g||^2
     with alpha = 1 / (||w_g||^2 + eps), as printed; it may diverge, which raises FloatingPointError.
     options, such as seed, trials and checkpoint (a folder), go to the search and to `fit`."""
     steps = checked(data, epochs, retrain_epochs, lr)
-    if form not in FORMS or not eps > 0 or not 1 <= updates <= steps:
-        rule = f"Expected a form out of {', '.join(FORMS)}, eps > 0 and updates in 1..{steps}."
-        raise ValueError(f"{rule} Got {form!r}, {eps!r} and {updates!r}.")
+    if form not in FORMS or families not in FAMILIES or not eps > 0 or not 1 <= updates <= steps:
+        rule = f"Expected a form out of {', '.join(FORMS)}, families out of {', '.join(FAMILIES)}, eps > 0 and updates"
+        raise ValueError(f"{rule} in 1..{steps}. Got {form!r}, {families!r}, {eps!r} and {updates!r}.")
 
     def hook(lam: float) -> Reweighted:
-        return Reweighted(model, targets, lam, tau, eps=eps, form=form, interval=steps // updates)
+        return Reweighted(model, targets, lam, tau, eps, form, steps // updates, families)
 
     return _pruned(model, hook, lam, 0.3, target_rate, data, epochs, retrain_epochs, lr=lr, **options)
 
@@ -207,6 +211,11 @@ def _search(model, make, lam: float, target_rate: float, data, epochs: int, tria
             slope = min(4.0, max(0.5, (reached - tried[-2][2]) / apart))
         lam *= math.exp(min(2.0, max(-2.0, (wanted - reached) / slope)))
     best = min(range(len(tried)), key=lambda trial: tried[trial][0])
+    if tried[best][0] >= math.log(1.1):
+        shown = ", ".join(f"{math.exp(at):.3g}: {math.exp(math.exp(reached)):.3g}x" for _, at, reached, _ in tried)
+        warnings.warn(
+            f"No lambda came within 10 % of {target_rate:g}x ({shown}); the cut goes there anyway.", stacklevel=4
+        )
     histories.append(histories.pop(best))
     model.load_state_dict(start)
     hook = make(math.exp(tried[best][1]))  # its scales are the start's

@@ -62,9 +62,9 @@ class Penalty(Checked):
 class Groups:
     """The groups of one layer's scheme on torch's side: energies per group, and back to the weight's shape."""
 
-    def __init__(self, target: Target, weight: nn.Parameter):
+    def __init__(self, target: Target, weight: nn.Parameter, families: slice = slice(None)):
         ids = target.choice.scheme.groups(target.weight.shape, target.groups)
-        families = ids if ids.ndim > target.weight.ndim else ids[None]  # Block has two: row and column segments
+        families = ids[families] if ids.ndim > target.weight.ndim else ids[None]  # Block has row and column segments
         self.weight = weight
         self.families = [torch.as_tensor(family.copy()).to(weight.device) for family in families]
         self.sizes = [torch.bincount(family.flatten()).float() for family in self.families]

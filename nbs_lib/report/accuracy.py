@@ -60,8 +60,10 @@ def dots(rows: pd.DataFrame, place: str, ax: plt.Axes, label: str, colour: str, 
 
 def judge(claims: Claims, key: str, found: pd.Series, how: str, lacking: str = "") -> str:
     """Answer a claim by the mean of `found` (points, one per seed); return the answer. `lacking`: why it cannot be
-    tested here, such as "digits are a demonstration"; nor can it where nothing is found."""
-    found, how = found.dropna(), how.replace("nan %", "not on record, either")
+    tested here, such as "digits are a demonstration"; nor can it where a seed is missing (NaN)."""
+    seeds, found, how = len(found), found.dropna(), how.replace("nan %", "not on record, either")
+    if 0 < len(found) < seeds:
+        lacking = lacking or f"only {len(found)} of {seeds} seeds are on record"
     told = f"{found.mean():+.2f} points in the mean, {found.min():+.2f}..{found.max():+.2f}, n = {len(found)}"
     if lacking or found.empty:
         claims.cannot(key, lacking + (f"; {how}: {told}" if len(found) else "") or f"not on record; {how}")
