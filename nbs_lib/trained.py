@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 
@@ -73,22 +74,31 @@ class Setting:
         """The data set, loaded once per process."""
         return _data(self.dataset, self.size, self.train_images)
 
-    def model(self) -> torch.nn.Module:
+    def model(self, start: bool = True) -> torch.nn.Module:
         """A new network with its first weights: those of `start`, or random ones (seed 0)."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = build(self.network, num_classes=len(self.data().classes), width=self.width)
-        if self.start:
+        if self.start and start:
             load_checkpoint(model, Path(os.environ.get("NBS_DATA", "")).expanduser() / self.start)
         return model
 
-    def dense(self, progress: bool = False) -> tuple[torch.nn.Module, pd.DataFrame]:
-        """The trained dense network and its history; trained by the first who asks, resumed where that was killed."""
+    def key(self) -> str:
+        """16 hex digits that change with what decides the dense network."""
         facts = {name: getattr(self, name) for name in DENSE_NAMES}
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        model, file = self.model(), paths.cache_dir() / "trained" / f"{key}.pt"
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def dense(self, progress: bool = False) -> torch.nn.Module:
+        """The trained dense network, from `data/trained/weights` or the cache folder; else trained by the first who
+        asks, resumed where that was killed."""
+        if (kept := paths.data_dir() / "trained" / "weights" / f"{self.key()}.safetensors").exists():
+            model = self.model(start=False)
+            model.load_state_dict(safetensors.torch.load_file(kept))
+            return model
+        model, file = self.model(), paths.cache_dir() / "trained" / f"{self.key()}.pt"
         options = dict(lr=self.dense_lr, schedule="cosine" if self.start else "one_cycle", test_every=0)
-        return model, fit(model, self.data(), self.dense_epochs, checkpoint=file, progress=progress, **options)
+        fit(model, self.data(), self.dense_epochs, checkpoint=file, progress=progress, **options)
+        return model
 
     def mapping(self, model: torch.nn.Module) -> Mapping:
         """{layer: Choice}, of `rates` where given, else the uniform one."""
@@ -102,7 +112,7 @@ class Setting:
 
     def prune(self, progress: bool = False) -> tuple[torch.nn.Module, Masks]:
         """The pruned network and its masks, from the dense one. Not for the algorithm "dense"."""
-        model, _ = self.dense()
+        model = self.dense()
         options = dict(epochs=self.epochs, retrain_epochs=self.retrain_epochs, lr=self.lr, seed=self.seed, test_every=0)
         options |= dict(data=self.data(), progress=progress) | json.loads(self.options)
         return model, prune(model, self.mapping(model), algorithm=self.algorithm, **options)
@@ -116,8 +126,7 @@ class Setting:
         try:
             data = self.data()
             row |= {"test_images": len(data.test.labels), "classes": len(data.classes)}
-            dense, _ = self.dense(progress)
-            row["dense_accuracy"] = row["accuracy"] = evaluate(dense, data, progress=False)
+            row["dense_accuracy"] = row["accuracy"] = evaluate(self.dense(progress), data, progress=False)
             if self.algorithm != "dense":
                 row |= self._pruned(progress)
         except Exception as error:
@@ -201,9 +210,18 @@ def accuracies(
                 known[_setting(row.iloc[0])] = row.iloc[0].to_dict()
                 slug = re.sub(r"[^\w.-]+", "-", row.dataset[0])
                 if record:
+                    _keep_dense(_setting(row.iloc[0]), folder)
                     rows_on_disk.append(folder / f"{slug}.csv", row, TRAINED)
     none = {"ok": False, "error": "not on record: train it with live=True"}
     return TRAINED.frame([known.get(setting, asdict(setting) | none) for setting in settings])
+
+
+def _keep_dense(setting: Setting, folder: Path) -> None:
+    """Put the dense weights on record, beside the rows that start from them."""
+    file = folder / "weights" / f"{setting.key()}.safetensors"
+    if not file.exists() and (paths.cache_dir() / "trained" / f"{setting.key()}.pt").exists():
+        state = {name: tensor.contiguous() for name, tensor in setting.dense().state_dict().items()}
+        paths.write_atomic(file, safetensors.torch.save(state))
 
 
 def _setting(row) -> Setting:
