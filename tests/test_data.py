@@ -196,7 +196,7 @@ def test_subset_takes_as_many_of_each_class_and_always_the_same_ones():
         per_class = torch.bincount(part.train.labels, minlength=10)
         assert len(part.train.labels) == len(part.train.images) == count and per_class.max() - per_class.min() <= 1
         assert torch.equal(part.train.images, data.subset(count).train.images) and part.test is data.test
-        assert part.name == f"digits[:{count}]" and (part.train.crop, part.train.shuffle) == (1, True)
+        assert part.name == f"digits, 8 px[:{count}]" and (part.train.crop, part.train.shuffle) == (1, True)
         rows = {(int(y), *x.flatten().tolist()) for x, y in zip(data.train.images, data.train.labels, strict=True)}
         chosen = zip(part.train.images, part.train.labels, strict=True)
         assert {(int(y), *x.flatten().tolist()) for x, y in chosen} <= rows
