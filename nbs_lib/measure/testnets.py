@@ -45,6 +45,15 @@ def cascade(P, Q, H, W, kernel=3, stride=1, groups=1, layers=10, seed=0) -> tupl
     return Cascade(convs, chained).eval(), inputs
 
 
+def linear_cascade(P, Q, layers=10, seed=0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """The same of fully connected layers with P outputs and Q inputs, a ReLU after each; the input is (1, Q)."""
+    ends = [(Q, P), (P, Q)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = [(nn.Linear(*ends[number % 2]), nn.ReLU()) for number in range(layers)]
+        return nn.Sequential(*(module for pair in parts for module in pair)).eval(), (torch.randn(1, Q),)
+
+
 def prune_evenly(model: nn.Module, scheme: Scheme, rate: float) -> dict[str, Choice]:
     """Prune every CONV layer of `model` in place, by magnitude, at one rate; returns the mapping. Raises as `prune`."""
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
