@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -199,35 +200,55 @@ def _decoded(folder: Path, files: list[Path], size: int | None, skip_bad: bool) 
         return np.load(cached, mmap_mode="c"), {}
     readable = (image for file in files if isinstance(image := _try(partial(_read, size=size), file), np.ndarray))
     shape = (size, size) if size else next((image.shape[1:] for image in readable), (1, 1))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    if (needed := len(files) * 3 * shape[0] * shape[1]) > (free := shutil.disk_usage(cached.parent).free):
-        raise OSError(f"Expected {needed / 1e9:.1f} GB free in {cached.parent} (NBS_CACHE). Got {free / 1e9:.1f} GB.")
-    temporary = cached.with_suffix(f".{secrets.token_hex(4)}.part")
-    images, bad = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, *shape)), {}
-    try:
-        with (
-            ThreadPoolExecutor() as pool,
-            closing(pool.map(partial(_try, partial(_read, size=size)), files)) as reading,  # a failure stops the rest
-        ):
-            for place, image in enumerate(tqdm(reading, f"Decoding {folder}", len(files), mininterval=1)):
-                if isinstance(image, Exception) and skip_bad:
-                    bad[place] = str(files[place])
-                elif isinstance(image, Exception):
-                    how = "Mend or remove it, or leave such files out with skip_bad=True."
-                    raise ValueError(f"Expected an image. Got {files[place]}: {image}. {how}") from image
-                elif image.shape[1:] != shape:
-                    what = f"Got {files[place]} of {image.shape[1:]}, others of {tuple(shape)}."
-                    raise ValueError(f"Expected size= for images of different sizes. {what}")
-                else:
-                    images[place] = image
+    needed = len(files) * 3 * shape[0] * shape[1]
+    with (
+        _temporary(cached, needed) as temporary,
+        ThreadPoolExecutor() as pool,
+        closing(pool.map(partial(_try, partial(_read, size=size)), files)) as reading,  # a failure stops the rest
+    ):
+        images, bad = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), 3, *shape)), {}
+        for place, image in enumerate(tqdm(reading, f"Decoding {folder}", len(files), mininterval=1)):
+            if isinstance(image, Exception) and skip_bad:
+                bad[place] = str(files[place])
+            elif isinstance(image, Exception):
+                how = "Mend or remove it, or leave such files out with skip_bad=True."
+                raise ValueError(f"Expected an image. Got {files[place]}: {image}. {how}") from image
+            elif image.shape[1:] != shape:
+                what = f"Got {files[place]} of {image.shape[1:]}, others of {tuple(shape)}."
+                raise ValueError(f"Expected size= for images of different sizes. {what}")
+            else:
+                images[place] = image
         if bad:
             warnings.warn(f"{len(bad)} of {len(files)} images left out: {', '.join(bad.values())}.", stacklevel=4)
         else:
             images.flush()
             temporary.replace(cached)
-        return images, bad
-    finally:
-        temporary.unlink(missing_ok=True)  # the mapping outlives its name
+        return images, bad  # the mapping outlives its name
+
+
+@contextmanager
+def _temporary(cached: Path, needed: int) -> Iterator[Path]:
+    """A name beside `cached` for a file of `needed` bytes; gone in the end, with what killed processes have left."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    for left in cached.parent.glob("*.part"):
+        with suppress(Timeout, OSError), _locked(left):  # no longer locked: its process is dead
+            pass
+    if needed > (free := shutil.disk_usage(cached.parent).free):
+        raise OSError(f"Expected {needed / 1e9:.1f} GB free in {cached.parent} (NBS_CACHE). Got {free / 1e9:.1f} GB.")
+    with _locked(cached.with_suffix(f".{secrets.token_hex(4)}.part")) as part:
+        yield part
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[Path]:
+    """Hold the lock of a temporary file, which the system frees when its process dies; in the end, remove both."""
+    with FileLock(f"{part}.lock", timeout=0):
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+            with suppress(OSError):  # some systems keep a file that is open
+                Path(f"{part}.lock").unlink()
 
 
 def _try(read: Callable, file: Path) -> np.ndarray | Exception:

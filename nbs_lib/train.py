@@ -3,6 +3,9 @@
 import copy
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -80,30 +83,19 @@ def fit(
         rule = f"Expected a schedule out of {', '.join(SCHEDULES)}, epochs >= 0, lr > 0 and average in [0, 1)."
         raise ValueError(f"{rule} Got {schedule!r}, {epochs!r}, {lr!r} and {average!r}.")
     home, device = _device(model), training_device(model, device)
-    pays = bfloat16_pays(device)
-    mixed, last = (pays if value is None else value for value in (mixed, channels_last))
-    model.to(device, memory_format=torch.channels_last if last else torch.preserve_format)
-    hook, steps = hook or Hook(), len(data.train)
-    flat = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    wide = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    groups = [{"params": wide}, {"params": flat, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]], lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0
-    )
-    optimizer.zero_grad()  # what an interrupted call, or the caller, has left
-    scheduler = _scheduler(optimizer, schedule, lr, max(1, epochs * steps))
-    parts = {
-        "hook": hook,
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-    }  # a hook may refuse its state
+    pays, hook, steps = bfloat16_pays(device), hook or Hook(), len(data.train)
+    mixed, channels_last = (pays if value is None else value for value in (mixed, channels_last))
+    model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    optimizer = _optimizer(model, lr, momentum, weight_decay)
+    scheduler, averaged = _scheduler(optimizer, schedule, lr, max(1, epochs * steps)), None
+    parts = dict(hook=hook, model=model, optimizer=optimizer, scheduler=scheduler)  # a hook may refuse its state
     if average:
         ema = swa_utils.get_ema_multi_avg_fn(average)
         parts["averaged"] = averaged = swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
     settings = dict(epochs=epochs, steps=steps, seed=seed, lr=lr, momentum=momentum, weight_decay=weight_decay)
     settings |= dict(schedule=schedule, label_smoothing=label_smoothing, average=average, mixed=mixed)
     settings |= {"data": data.name} if hasattr(data, "name") else {}
+    run = _Run(model, optimizer, scheduler, averaged, hook, device, mixed, channels_last, label_smoothing, lr)
     safe = _snapshot(parts)
     try:
         rows = _resume(checkpoint, parts, settings)
@@ -112,37 +104,11 @@ def fit(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             for epoch in range(len(rows) + 1, epochs + 1):
                 torch.manual_seed(hash((seed, epoch)))  # an epoch draws the same whether it is reached or resumed
-                started, total, right, seen, used = time.perf_counter(), 0.0, 0, 0, lr
-                model.train()
-                for batch, (images, labels) in enumerate(data.train):
-                    images, labels = images.to(device), labels.to(device)
-                    if last and images.ndim == 4:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                        logits = model(images)
-                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-                    (loss + hook.penalty()).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    used = optimizer.param_groups[0]["lr"]
-                    hook.step(used)
-                    scheduler.step()
-                    if average:
-                        averaged.update_parameters(model)
-                    total, right = total + loss.detach() * len(labels), right + (logits.argmax(1) == labels).sum()
-                    seen += len(labels)
-                    bar.update()
-                    if batch % 50 == 0:  # not always: on a GPU it waits
-                        _check_finite(total, epoch, lr)
-                weights = sum(p.detach().abs().sum() for p in model.parameters())
-                _check_finite(total + 0 * weights, epoch, lr)  # the last step may have spoilt them
-                speed = seen / (time.perf_counter() - started)
+                row = run.epoch(data.train, epoch, bar)
                 extra = {name: float(value) for name, value in hook.epoch(epoch, epochs).items()}
-                row = {"epoch": epoch, "lr": used, "loss": float(total) / seen, "train_accuracy": int(right) / seen}
-                tested = epoch == epochs or (test_every and epoch % test_every == 0)
-                shown = averaged.module if average else model
-                row["test_accuracy"] = evaluate(shown, data, progress=False) if test_every and tested else float("nan")
-                rows.append(row | {"images_per_s": speed} | extra)
+                if test_every and (epoch == epochs or epoch % test_every == 0):
+                    row["test_accuracy"] = evaluate(averaged.module if average else model, data, progress=False)
+                rows.append(row | extra)
                 bar.set_postfix_str(", ".join(f"{key} {row[key]:.3f}" for key in ("loss", "test_accuracy")))
                 safe = _snapshot(parts)
                 if log:
@@ -161,19 +127,94 @@ def fit(
     return pd.DataFrame(rows)
 
 
+@dataclass(eq=False)
+class _Run:
+    """What an epoch of `fit` needs; `lr` is the learning rate asked for, the optimizer has the one of the step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: lr_scheduler.LRScheduler
+    averaged: swa_utils.AveragedModel | None
+    hook: Hook
+    device: torch.device
+    mixed: bool
+    channels_last: bool
+    label_smoothing: float
+    lr: float
+
+    def epoch(self, batches, number: int, bar: tqdm) -> dict:
+        """Train once over the batches; the row of the history, its test accuracy NaN."""
+        started, total, right, seen, used = time.perf_counter(), 0.0, 0, 0, self.lr
+        self.model.train()
+        for batch, (images, labels) in enumerate(batches):
+            images, labels = images.to(self.device), labels.to(self.device)
+            if self.channels_last and images.ndim == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
+            loss, hits = self.step(images, labels)
+            used = self.optimizer.param_groups[0]["lr"]
+            self.hook.step(used)
+            self.scheduler.step()
+            if self.averaged:
+                self.averaged.update_parameters(self.model)
+            total, right = total + loss * len(labels), right + hits
+            seen += len(labels)
+            bar.update()
+            if batch % 50 == 0:  # not always: on a GPU it waits
+                _check_finite(total, number, self.lr)
+        weights = sum(p.detach().abs().sum() for p in self.model.parameters())
+        _check_finite(total + 0 * weights, number, self.lr)  # the last step may have spoilt them
+        speed = seen / (time.perf_counter() - started)
+        row = {"epoch": number, "lr": used, "loss": float(total) / seen, "train_accuracy": int(right) / seen}
+        return row | {"test_accuracy": float("nan"), "images_per_s": speed}
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step of the optimizer: the batch's mean loss without the hook's penalty, and how many it got right."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        (loss + self.hook.penalty()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data, progress: bool = True) -> float:
-    """Top-1 accuracy in [0, 1] over all of `data.test`, in float32 and evaluation mode, on the model's device."""
+    """Top-1 accuracy in [0, 1] over all of `data.test`, in evaluation mode, on the model's device.
+
+    In float32 whatever the caller allows: without autocast, TF32 (PyTorch's default for convolutions on a GPU) or
+    bfloat16 products inside float32 ones. Kernels sum in orders of their own, which depend on card, PyTorch, cuDNN and
+    batch size, so that another machine may tell a few images on the verge apart otherwise; on the same one the accuracy
+    repeats, unless `torch.backends.cudnn.benchmark` chooses other kernels every time."""
     device, training = _device(model), model.training
     model.eval()
     right = seen = 0
     try:
-        for images, labels in tqdm(data.test, "Evaluating", disable=not progress, mininterval=1, leave=False):
-            right += (model(images.to(device)).argmax(1) == labels.to(device)).sum()
-            seen += len(labels)
+        with _whole_float32(), torch.autocast(device.type, enabled=False):
+            for images, labels in tqdm(data.test, "Evaluating", disable=not progress, mininterval=1, leave=False):
+                right += (model(images.to(device)).argmax(1) == labels.to(device)).sum()
+                seen += len(labels)
     finally:
         model.train(training)
     return int(right) / seen
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Float32 products and convolutions with all 24 bits, on every thread of the process; afterwards as before."""
+    cuda, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where reading the older flags fails once these have been set
+        places, flag, whole = (cuda, cudnn.conv, onednn.matmul, onednn.conv), "fp32_precision", "ieee"
+    else:
+        places, flag, whole = (cuda, cudnn), "allow_tf32", False
+    changed = {place: value for place in places if (value := getattr(place, flag)) not in (whole, "none")}
+    try:
+        for place in changed:
+            setattr(place, flag, whole)
+        yield
+    finally:
+        for place, value in changed.items():
+            setattr(place, flag, value)
 
 
 def refresh_batch_norm(model: nn.Module, data, batches: int = 100, seed: int = 0) -> None:
@@ -197,6 +238,15 @@ def bfloat16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def _optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    flat = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    wide = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    groups = [group for group in ({"params": wide}, {"params": flat, "weight_decay": 0.0}) if group["params"]]
+    optimizer = torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    optimizer.zero_grad()  # what an interrupted call, or the caller, has left
+    return optimizer
 
 
 def _scheduler(optimizer, schedule: str, lr: float, steps: int):

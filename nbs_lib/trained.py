@@ -9,9 +9,11 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from tqdm.auto import tqdm
 
 from nbs_lib import paths
 from nbs_lib.data import Data, load_data
-from nbs_lib.layers import trace
+from nbs_lib.layers import Graph, trace
 from nbs_lib.mapping import Mapping, uniform_mapping
 from nbs_lib.measure import cache as rows_on_disk
 from nbs_lib.measure import host
 from nbs_lib.measure.schema import Schema
 from nbs_lib.models import build, load_checkpoint
 from nbs_lib.pruning import Masks, prune
+from nbs_lib.pruning.targets import find_weight
 from nbs_lib.schemes import Choice, parse
 from nbs_lib.train import evaluate, fit
 
@@ -83,9 +86,9 @@ class Setting:
             load_checkpoint(model, Path(os.environ.get("NBS_DATA", "")).expanduser() / self.start)
         return model
 
-    def key(self) -> str:
-        """16 hex digits that change with what decides the dense network."""
-        facts = {name: getattr(self, name) for name in DENSE_NAMES}
+    def key(self, names: Iterable[str] = DENSE_NAMES) -> str:
+        """16 hex digits that change with these fields' values; by default what decides the dense network."""
+        facts = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def dense(self, progress: bool = False) -> torch.nn.Module:
@@ -100,9 +103,12 @@ class Setting:
         fit(model, self.data(), self.dense_epochs, checkpoint=file, progress=progress, **options)
         return model
 
-    def mapping(self, model: torch.nn.Module) -> Mapping:
+    def graph(self, model: torch.nn.Module) -> Graph:
+        """The model's graph, for one image of the data set."""
+        return trace(model, torch.zeros(1, *self.data().input_shape))
+
+    def mapping(self, graph: Graph) -> Mapping:
         """{layer: Choice}, of `rates` where given, else the uniform one."""
-        graph = trace(model, torch.zeros(1, *self.data().input_shape))
         schemes = [parse(text) if text else None for text in (self.conv, self.linear)]
         mapping = uniform_mapping(graph, self.rate, *schemes)
         if not self.rates:
@@ -111,11 +117,18 @@ class Setting:
         return Mapping(chosen, mapping.layers)
 
     def prune(self, progress: bool = False) -> tuple[torch.nn.Module, Masks]:
-        """The pruned network and its masks, from the dense one. Not for the algorithm "dense"."""
-        model = self.dense()
+        """The pruned network and its masks, from the dense one; a killed call goes on where it was when it is made
+        again. Not for the algorithm "dense"."""
+        model = self.dense(progress)
+        return model, self._prune(model, self.graph(model), progress)
+
+    def _prune(self, model: torch.nn.Module, graph: Graph, progress: bool) -> Masks:
+        phases = paths.cache_dir() / "trained" / self.key(SETTINGS)  # a checkpoint for each
         options = dict(epochs=self.epochs, retrain_epochs=self.retrain_epochs, lr=self.lr, seed=self.seed, test_every=0)
-        options |= dict(data=self.data(), progress=progress) | json.loads(self.options)
-        return model, prune(model, self.mapping(model), algorithm=self.algorithm, **options)
+        options |= dict(data=self.data(), progress=progress, checkpoint=phases) | json.loads(self.options)
+        masks = prune(model, self.mapping(graph), algorithm=self.algorithm, **options)
+        shutil.rmtree(phases, ignore_errors=True)
+        return masks
 
     def run(self, progress: bool = False) -> dict:
         """The row: this setting, what came out, on which machine; a failure is a row with its error."""
@@ -126,16 +139,20 @@ class Setting:
         try:
             data = self.data()
             row |= {"test_images": len(data.test.labels), "classes": len(data.classes)}
-            row["dense_accuracy"] = row["accuracy"] = evaluate(self.dense(progress), data, progress=False)
+            model = self.dense(progress)
+            row["dense_accuracy"] = row["accuracy"] = evaluate(model, data, progress=False)
             if self.algorithm != "dense":
-                row |= self._pruned(progress)
+                row |= self._pruned(model, progress)
         except Exception as error:
             row |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
         return row | {"seconds": time.perf_counter() - began}
 
-    def _pruned(self, progress: bool) -> dict:
-        model, masks = self.prune(progress)
-        rates = trace(model, torch.zeros(1, *self.data().input_shape)).rates()
+    def _pruned(self, model: torch.nn.Module, progress: bool) -> dict:
+        graph = self.graph(model)
+        masks = self._prune(model, graph, progress)
+        weights = {name: find_weight(model, name)[0].detach().cpu().numpy() for name in graph.layers}
+        layers = {name: replace(layer, weight=weights[name]) for name, layer in graph.layers.items()}
+        rates = replace(graph, layers=layers).rates()
         summary, history = masks.summary(), masks.history
         found = {"accuracy": evaluate(model, self.data(), progress=False), "total_epochs": len(history)}
         found |= {

@@ -480,9 +480,37 @@ def test_killed_decoding_leaves_nothing_wrong(tmp_path, own_cache):
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert not list(own_cache.glob("*.npy"))
+    assert not list(own_cache.glob("*.npy")) and len(list(own_cache.glob("*.part"))) == 1
     images = load(root, size=4).train.images
-    assert images.amax((1, 2, 3)).tolist() == list(range(200)) and len(list(own_cache.glob("*.npy"))) == 2
+    assert images.amax((1, 2, 3)).tolist() == list(range(200))
+    assert [file.suffix for file in own_cache.iterdir()] == [".npy"] * 2  # what was left half-done is gone
+
+
+def test_decoding_leaves_alone_what_another_process_decodes(tmp_path, own_cache):
+    root, other, read = many(tmp_path / "many"), many(tmp_path / "other"), module._read
+    (ready, told), (go, gone) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:  # in the child: waits half-way until the parent has decoded
+
+        def slow(file, size):
+            if file.name == "0100.png":
+                os.write(told, b"x")
+                os.read(go, 1)
+            return read(file, size)
+
+        status = 1
+        try:
+            module._read = slow
+            status = int(len(load(other, size=4).train.images) != 200)
+        finally:
+            os._exit(status)
+    os.read(ready, 1)
+    (part,) = own_cache.glob("*.part")
+    load(root, size=4)
+    assert part.exists()
+    os.write(gone, b"xx")
+    assert os.waitpid(child, 0)[1] == 0
+    assert [file.suffix for file in own_cache.iterdir()] == [".npy"] * 4
 
 
 # --- CIFAR ---

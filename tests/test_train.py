@@ -405,6 +405,27 @@ def test_a_full_disk_costs_nothing_but_the_last_epoch(small, tmp_path, monkeypat
     assert_same(state(model), state(whole))
 
 
+def test_evaluation_is_float32_whatever_the_caller_allows(small):
+    class Seeing(nn.Module):
+        def forward(self, images):
+            flags.append((backends.cudnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision))
+            types.add((images[0, 0] @ images[0, 0]).dtype)
+            return images.flatten(1)[:, :10]
+
+    flags, types, backends, precision = [], set(), torch.backends, torch.get_float32_matmul_precision()
+    if not hasattr(backends.cudnn, "conv"):
+        pytest.skip("PyTorch 2.9 has a flag for each")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = (backends.cudnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            evaluate(Seeing(), small, progress=False)
+        assert before == ("tf32", "bf16") == (backends.cudnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision)
+        assert set(flags) == {("ieee", "ieee")} and types == {torch.float32}
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def slow_run(file, threads):
     """In a process of its own, to be killed."""
     torch.set_num_threads(threads)

@@ -1,7 +1,12 @@
 """Settings and accuracies on record: keys, rows, failures as rows, rows from the record or from training."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +14,7 @@ import torch
 
 import nbs_lib as nbs
 from nbs_lib import trained
+from nbs_lib.data import Batches
 from nbs_lib.measure import cache
 from nbs_lib.trained import TRAINED, Setting, accuracies
 
@@ -45,10 +51,54 @@ def test_the_dense_network_is_trained_once_and_shared_by_what_differs_later(monk
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+def prune_to_be_killed(facts, threads, kill):
+    """In a process of its own, which ends as by `kill -9` at its `kill`-th batch."""
+    torch.set_num_threads(threads)
+    setting, left, batches = Setting(**facts), iter(range(1, kill)), Batches.__iter__
+    setting.dense()
+
+    def counted(self):
+        for batch in batches(self):
+            if self.shuffle and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    Batches.__iter__ = counted
+    setting.prune()
+
+
+@pytest.mark.parametrize("kill", [6, 11])  # of 2 batches an epoch: in the third of 4 epochs, and in retraining
+def test_a_killed_row_goes_on_to_the_same_result(kill, tmp_path, monkeypatch):
+    setting = replace(TINY, train_images=200, algorithm="magnitude", epochs=4, retrain_epochs=2)
+    folder, here = tmp_path / "cache" / "trained", Path(__file__).resolve()
+    code = f"import test_trained; test_trained.prune_to_be_killed({asdict(setting)}, {torch.get_num_threads()}, {kill})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    (phases,) = (entry for entry in folder.iterdir() if entry.is_dir())
+    assert {file.name for file in phases.iterdir()} >= {"penalty.pt"}
+    left, batches = [], Batches.__iter__
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__iter__", lambda self: (left.append(1) or batch for batch in batches(self)))
+        resumed, masks = setting.prune()
+    assert len(left) == 12 - (kill - 1) // 2 * 2 + 2  # what whole epochs had left, and the batch norms' refreshing
+    assert [entry.name for entry in folder.iterdir()] == [f"{setting.key()}.pt"]  # the dense network stays
+    whole, other = setting.prune()
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
+    assert masks.history.drop(columns="images_per_s").equals(other.history.drop(columns="images_per_s"))
+
+
+def test_a_setting_is_traced_once(monkeypatch):
+    traced, trace = [], trained.trace
+    monkeypatch.setattr(trained, "trace", lambda *given: traced.append(1) or trace(*given))
+    assert MAGNITUDE.run()["conv_rate"] > 1 and len(traced) == 1
+
+
 def test_rates_of_layers_replace_the_uniform_one():
     layer = "layer1.0.conv1"
     setting = replace(MAGNITUDE, rates=json.dumps({layer: ["filter", 2.0]}))
-    mapping = setting.mapping(setting.model())
+    mapping = setting.mapping(setting.graph(setting.model()))
     assert {name: str(choice) for name, choice in mapping.items()} == {layer: "filter@2x"}
     model, masks = setting.prune()
     assert list(masks) == [layer]

@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -104,11 +105,6 @@ def reweighted(
     model: nn.Module,
     targets: dict[str, Target],
     data=None,
-    lam: float | None = None,
-    target_rate: float | None = None,
-    epochs: int = 10,
-    retrain_epochs: int = 5,
-    lr: float = 0.02,
     eps: float = EPS,
     tau: float = TAU,
     updates: int = 1,
@@ -118,63 +114,54 @@ def reweighted(
 ) -> Masks:
     """Masks whose rates, per layer and per block, come from lambda alone; the mapping's rates are ignored.
 
-    lam: lambda; what it does grows with lr times steps (lam * lr summed to 0.25 gave about 4x on digits and CIFAR-10).
-    target_rate, of all targets' weights together, finds lambda as `_search` says (`lam` beside it is the first one
-    tried); history has every epoch that took, by `phase`.
     updates: of alpha in an epoch; the paper's is one. families: whether FC layers under Block are penalised by "rows"
     (Eq. 2), "columns" (Eq. 3) or "both". form="literal": the loss gets the sum of lam alpha^2 ||w_g||^2
     with alpha = 1 / (||w_g||^2 + eps), as printed; it may diverge, which raises FloatingPointError.
-    options, such as seed, trials and checkpoint (a folder), go to the search and to `fit`."""
-    steps = checked(data, epochs, retrain_epochs, lr)
-    if form not in FORMS or families not in FAMILIES or not eps > 0 or not 1 <= updates <= steps:
-        rule = f"Expected a form out of {', '.join(FORMS)}, families out of {', '.join(FAMILIES)}, eps > 0 and updates"
-        raise ValueError(f"{rule} in 1..{steps}. Got {form!r}, {families!r}, {eps!r} and {updates!r}.")
 
-    def hook(lam: float) -> Reweighted:
+    options: lam or target_rate, epochs=10 under the penalty, retrain_epochs=5, lr=0.02, trials=4, and those of `fit`,
+    such as seed and checkpoint (a folder).
+    lam: lambda; what it does grows with lr times steps (lam * lr summed to 0.25 gave about 4x on digits and CIFAR-10).
+    target_rate, of all targets' weights together, finds lambda as `_search` says, in at most `trials` trainings (`lam`
+    beside it is the first one tried); history has every epoch that took, by `phase`."""
+
+    def hook(lam: float, steps: int) -> Reweighted:
+        if form not in FORMS or families not in FAMILIES or not eps > 0 or not 1 <= updates <= steps:
+            rule = f"Expected a form out of {', '.join(FORMS)}, families out of {', '.join(FAMILIES)}, eps > 0"
+            got = f"Got {form!r}, {families!r}, {eps!r} and {updates!r}."
+            raise ValueError(f"{rule} and updates in 1..{steps}. {got}")
         return Reweighted(model, targets, lam, tau, eps, form, steps // updates, families)
 
-    return _pruned(model, hook, lam, 0.3, target_rate, data, epochs, retrain_epochs, lr=lr, **options)
+    return _pruned(model, hook, 0.3, data, **options)
 
 
-def group_lasso(
+def group_lasso(model: nn.Module, targets: dict[str, Target], data=None, tau: float = TAU, **options) -> Masks:
+    """Masks by a penalty that is the same for all groups; options as in `reweighted`."""
+    return _pruned(model, lambda lam, steps: GroupLasso(model, targets, lam, tau), 1.0, data, **options)
+
+
+def _pruned(
     model: nn.Module,
-    targets: dict[str, Target],
-    data=None,
+    make: Callable[[float, int], GroupPenalty],
+    start: float,
+    data,
     lam: float | None = None,
     target_rate: float | None = None,
     epochs: int = 10,
     retrain_epochs: int = 5,
     lr: float = 0.02,
-    tau: float = TAU,
-    **options,
-) -> Masks:
-    """Masks by a penalty that is the same for all groups; arguments as in `reweighted`."""
-
-    def hook(lam: float) -> GroupLasso:
-        return GroupLasso(model, targets, lam, tau)
-
-    return _pruned(model, hook, lam, 1.0, target_rate, data, epochs, retrain_epochs, lr=lr, **options)
-
-
-def _pruned(
-    model: nn.Module,
-    make: Callable[[float], GroupPenalty],
-    lam: float | None,
-    start: float,
-    target_rate: float | None,
-    data,
-    epochs: int,
-    retrain_epochs: int,
     trials: int = 4,
     **options,
 ) -> Masks:
-    """Train under a penalty, cut, retrain. start: where a search starts, as lambda times lr, summed over all steps."""
+    """Train under the penalty that `make` gives for a lambda and the batches of an epoch, cut, retrain.
+
+    start: where a search starts, as lambda times lr, summed over all steps."""
+    options = {"lr": lr} | options
     steps = checked(data, epochs, retrain_epochs, **options)
     if (lam is None and target_rate is None) or not (lam is None or 0 < lam < math.inf):
         raise ValueError(f"Expected lam > 0, or target_rate=. Got {lam!r} and {target_rate!r}.")
     if not (target_rate is None or 1 < target_rate < math.inf) or epochs < 1 or trials < 1:
         raise ValueError(f"Expected target_rate > 1, epochs, trials >= 1. Got {target_rate!r}, {epochs!r}, {trials!r}.")
-    lam = start / (options["lr"] * epochs * steps) if lam is None else lam
+    lam, make = start / (lr * epochs * steps) if lam is None else lam, partial(make, steps=steps)
     hook = make(lam)
     if target_rate is None or not hook.weights:
         histories = [train_under(hook, model, data, epochs, **options)]
