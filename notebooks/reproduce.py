@@ -65,6 +65,8 @@ class Job:
             old.unlink(missing_ok=True)
         command = [sys.executable, "-m", "papermill", self.source, self.executed, "--no-progress-bar", "-k", "python3"]
         command += ["--cwd", paths.root(), "--parameters_yaml", yaml.safe_dump(self.parameters)]
+        # On a busy machine a kernel may need more than papermill's 60 s to start; our own limit holds for it, too.
+        command += ["--start-timeout", str(max(1, int(self.timeout_s)))]
         # The kernel python3 of this environment, whatever the user's own folders call by that name.
         settings = {"JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PATH": "", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         environment = os.environ | settings | {"NBS_WAITS": str(self.folder.resolve())}
@@ -151,7 +153,8 @@ def find_jobs(only: list[str], profile: str, live: bool, given: dict, timeout_s:
 def fingerprint(job: Job) -> str:
     """SHA-256 of what a run depends on: the notebook, nbs_lib, data/, the parameters, every installed version."""
     digest = hashlib.sha256(json.dumps(job.parameters, sort_keys=True, default=str).encode())
-    data = (file for file in paths.data_dir().rglob("*") if file.is_file())
+    # Not what is being written by others: a temporary name begins with a dot, and may be gone when it is read.
+    data = (file for file in paths.data_dir().rglob("[!.]*") if file.is_file())
     for file in [Path(__file__), job.source, *sorted(CODE.rglob("*.py")), *sorted(data)]:
         digest.update(f"\n{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     installed = {f"{found.name} {found.version}" for found in distributions()}

@@ -89,6 +89,13 @@ def test_resume_skips_what_is_done_with_the_same_inputs(checkout, good, capfd):
     assert run_file(checkout, "good")["inputs"] != first["inputs"]
 
 
+def test_a_fingerprint_leaves_out_what_others_are_writing(checkout, good):
+    (job,) = reproduce.find_jobs([], "quick", True, {})
+    before = reproduce.fingerprint(job)
+    (checkout / "data" / ".rows.csv.1a2b3c4d").write_text("half a fi")
+    assert reproduce.fingerprint(job) == before
+
+
 def test_resume_notices_code_parameters_and_source(checkout, write_notebook, good, monkeypatch):
     def now(**given):
         (job,) = reproduce.find_jobs([], "quick", True, given)
@@ -154,12 +161,13 @@ def test_profile_parameters_go_over_defaults_and_given_ones_over_both(checkout, 
 
 
 def test_live_notebooks_never_share_the_machine(checkout, write_notebook, capfd):
-    stamp = "import time; a = time.time(); time.sleep(0.5); open({name!r}, 'w').write(f'{{a}} {{time.time()}}')"
+    stamp = "import json, time; a = time.monotonic(); time.sleep(0.5); "  # a clock that all processes share
+    stamp += "open({name!r}, 'w').write(json.dumps([a, time.monotonic()]))"
     live = 'profile = "quick"\nlive = True\n'
     for name, parameters in {"a": live, "b": 'profile = "quick"\n', "c": live, "d": 'profile = "quick"\n'}.items():
         write_notebook(name, stamp.format(name=name), SAVE.format(name=name), parameters=parameters)
     assert reproduce.main(["--jobs", "3"]) == 0
-    spans = {name: tuple(map(float, (checkout / name).read_text().split())) for name in "abcd"}
+    spans = {name: json.loads((checkout / name).read_text()) for name in "abcd"}
     for name in "ac":
         others = [span for other, span in spans.items() if other != name]
         assert all(end <= spans[name][0] or begin >= spans[name][1] for begin, end in others)
