@@ -16,7 +16,7 @@ from nbs_lib.measure import cache, host, schema
 from nbs_lib.models import build
 
 LAW = {"conv": (4e-7, 3e-8, 1e-8, 1e-3), "depthwise": (3e-7, 1e-7, 2e-8, 1e-5, 1e-3), "copy": (4e-8, 2e-3)}
-LAW |= {"linear": (5e-8, 9e-8, 3e-8, 1e-6, 1e-3), "pool": (2e-8, 1e-8, 2e-3), "pointwise": (2e-8, 1e-3)}
+LAW |= {"linear": (5e-8, 9e-8, 3e-8, 5e-8, 1e-6, 1e-3), "pool": (2e-8, 1e-8, 2e-3), "pointwise": (2e-8, 1e-3)}
 LAW |= {
     "call": (0.02,),
     "result": (5e-8, 1e-3),
@@ -25,7 +25,7 @@ LAW |= {
     "pytorch": (1e-7, 0.01),
 }
 # What a Gaussian process that was fitted once found (of exact laws it has nothing to learn): fitting takes seconds.
-THETAS = {kind: [-7.0, *[1.0] * features, -7.0] for kind, features in (("conv", 7), ("depthwise", 4), ("linear", 4))}
+THETAS = {kind: [-7.0, *[1.0] * features, -7.0] for kind, features in (("conv", 7), ("depthwise", 4), ("linear", 5))}
 
 
 def by_law(setting: TestModel) -> float:
@@ -229,7 +229,7 @@ def test_structure_is_that_of_the_packing():
     assert conv(nbs.BlockPunched(4, 4), 8.0, 512, 512, (3, 3)).rows == pytest.approx(4, rel=0.1)
     assert conv(nbs.Unstructured(), 1.02, 64, 64, (3, 3)) == whole  # computing the zeros is faster
     share, read, _ = linear(nbs.Block(16, 16), 8.0, 1024, 1024)
-    assert share < 0.6 and read < 4.6 * 1024 * 1024 * share
+    assert share < 0.6 and read < 6.1 * 1024 * 1024 * share
 
 
 def test_it_refuses_by_name(lm, graph):

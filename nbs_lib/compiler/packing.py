@@ -126,11 +126,16 @@ def linear_cost(weights: int, index_bytes: int, lanes: int | None) -> float:
     return max(weights * (1.3 / lanes if lanes else GATHER), (size > NEAR) * size / BYTES_PER_CYCLE)
 
 
+def tile_cycles(vectors: int, rows: int) -> float:
+    """Cycles of a column of a tile: two FMAs or two loads each, and something to begin with."""
+    return max(rows * vectors / 2, (1.5 * vectors + rows) / 2) + 0.5
+
+
 @cache
 def cut(vectors: int, rows: int, widest: int = 16) -> tuple[tuple[int, int, int], ...]:
     """Cut a plane of `vectors` registers into tiles: (vectors per tile, tiles, first vector), cheapest in all."""
     sizes = [size for size in (16, 8, 6, 4, 3, 2, 1) if size <= min(TILES[rows], widest)]
-    price = {size: max(rows * size / 2, (1.5 * size + rows) / 2) + 0.5 for size in sizes}
+    price = {size: tile_cycles(size, rows) for size in sizes}
     best = [(0.0, 0)]
     for total in range(1, vectors + 1):
         best.append(min((best[total - size][0] + price[size], size) for size in sizes if size <= total))

@@ -1,5 +1,6 @@
 """Measuring the latency model's settings, one row each, in the order that makes any first part a coarser model."""
 
+import contextlib
 import time
 import warnings
 from pathlib import Path
@@ -34,8 +35,9 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
     known = {}
     for place in dict.fromkeys([*places, file]):
         for row in cache.read(place).itertuples() if place.exists() else ():
-            if row.ok and row.fingerprint == seal and row.model == MODEL and int(row.threads) == threads:
-                known.setdefault(TestModel.of(row), row._asdict())
+            if row.ok and row.fingerprint == seal and row.model == MODEL and str(row.threads) == str(threads):
+                with contextlib.suppress(ValueError):  # of a family that is no longer measured
+                    known.setdefault(TestModel.of(row), row._asdict())
     missing, began = [setting for setting in wanted if setting not in known], time.monotonic()
     for number, setting in enumerate(tqdm(missing, "Latency model", disable=not progress or not missing)):
         if number and time.monotonic() - began >= budget_s:

@@ -24,7 +24,7 @@ class Structure:
     """Shares of the layer's P * Q * Kh * Kw weights, and how they hang together."""
 
     computed: float  # weights that the kernels multiply, zeros they cannot skip included
-    cycles: float  # per weight of the layer and register of pixels, by `packing.COST`
+    lists: tuple[tuple[int, float], ...]  # (filters that share one, columns of all such lists per weight of the layer)
     rows: float  # filters per column list
     columns: float  # kept columns per list, of all Q * Kh * Kw
 
@@ -42,11 +42,12 @@ def dead_share(choice: Choice, P: int, Q: int, taps: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _mask(scheme: Scheme, rate: float, P: int, Q: int, kernel: tuple[int, ...]) -> tuple[np.ndarray, float]:
+def _mask(scheme: Scheme, rate: float, P: int, Q: int, kernel: tuple[int, ...] = ()) -> tuple[np.ndarray, float]:
     """The mask of a random weight cut down to a sample (P', Q', *kernel), and what its kept share is to be scaled by to
     meet the rate: a sample of few groups may miss it."""
     p, q = getattr(scheme, "p", 1), getattr(scheme, "q", 1)
-    shape = (min(P, max(SIDE, 2 * p)), min(Q, max(SIDE, 8 * q)), *kernel)
+    wide = SIDE if kernel else 8 * SIDE  # rows of a fully connected layer are cut into registers
+    shape = (min(P, max(SIDE, 2 * p)), min(Q, max(wide, 8 * q)), *kernel)
     seed = zlib.crc32(f"{scheme} {rate} {shape}".encode())
     weight = np.random.default_rng(seed).standard_normal(shape, np.float32)
     mask = scheme.project(weight, rate)
@@ -58,7 +59,7 @@ def conv(scheme: Scheme | None, rate: float, P: int, Q: int, kernel: tuple[int, 
     """Of a convolution of P filters and Q channels per group; scheme None: dense."""
     taps, largest = kernel[0] * kernel[1], max(COST)
     rows = min(largest, P)
-    dense = Structure(1.0, COST[largest] / largest, rows, 1.0)
+    dense = Structure(1.0, ((largest, 1 / largest),), rows, 1.0)
     if scheme is None or rate == 1:
         return dense
     mask, scale = _mask(scheme, rate, P, Q, kernel)
@@ -66,10 +67,11 @@ def conv(scheme: Scheme | None, rate: float, P: int, Q: int, kernel: tuple[int, 
     width = mask.shape[1] * taps
     sizes = np.array([(len(filters), len(columns)) for filters, columns in groups], float)
     work = (np.array([COST[int(size)] for size in sizes[:, 0]]) * sizes[:, 1]).sum() / mask.size * scale
-    if work >= dense.cycles:
+    if work >= COST[largest] / largest:
         return dense
     computed = min((sizes[:, 0] * sizes[:, 1]).sum() / mask.size * scale, 1.0)
-    return Structure(computed, work, len(mask) / len(sizes), min(sizes[:, 1].mean() / width * scale, 1.0))
+    lists = [(int(size), sizes[sizes[:, 0] == size, 1].sum() / mask.size * scale) for size in np.unique(sizes[:, 0])]
+    return Structure(computed, tuple(lists), len(mask) / len(sizes), min(sizes[:, 1].mean() / width * scale, 1.0))
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +81,7 @@ def linear(scheme: Scheme | None, rate: float, P: int, Q: int) -> tuple[float, f
     lanes, width, size = linear_kernels.lanes(), jit.width(), P * Q
     ways = [(linear_cost(size, 4 * size // lanes, lanes), 1.0, 4 * size + 4 * size / lanes, False)]
     if scheme is not None and rate > 1:
-        mask, scale = _mask(scheme, rate, P, Q, ())
+        mask, scale = _mask(scheme, rate, P, Q)
         matrix = mask.astype(np.float32)
         share = min(pack_neighbours(matrix, lanes)[2].size / mask.size * scale, 1.0)
         ways = [(linear_cost(int(share * size), int(4 * share * size / lanes), lanes), share,

@@ -1,12 +1,13 @@
 """What every step of a network has to do, in numbers the latency model knows: a plan of it, never compiled."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
 from nbs_lib.compiler.layout import Flat
 from nbs_lib.compiler.moves import phases, split_by_phase
+from nbs_lib.compiler.packing import cut, tile_cycles
 from nbs_lib.compiler.plan import Planner
 from nbs_lib.compiler.record import Fixed
 from nbs_lib.compiler.shrink import shrink
@@ -15,6 +16,8 @@ from nbs_lib.latency import structure
 from nbs_lib.latency.structure import dead_share
 from nbs_lib.layers import Graph, LayerSpec
 from nbs_lib.schemes import Choice
+
+NEAR_BYTES = 2**20  # of weights that stay in a core's own cache from run to run
 
 
 class NoData(LookupError):
@@ -40,7 +43,8 @@ def conv(layer: LayerSpec, choice: Choice | None, vectors: int, row: int, extra:
     kernel, groups = (layer.Kh, layer.Kw), layer.groups
     found = structure.conv(*structure.split(choice_left), P // groups, Q, kernel)
     weights, plane = P * Q * kernel[0] * kernel[1], layer.H * row * 4
-    compute = vectors * images * (weights * found.cycles + P)
+    per_weight = sum(share * _plane_cycles(vectors, rows) for rows, share in found.lists)
+    compute = images * (weights * per_weight + vectors * P)
     weight_bytes = weights * found.computed * 4 * (1 + 1 / found.rows)
     in_bytes, out_bytes = plane * Q * groups * images, plane * P * images * (1 + extra)
     columns = max(found.columns * Q * kernel[0] * kernel[1], 0.5)
@@ -58,15 +62,15 @@ def depthwise(layer: LayerSpec, vectors: int, row: int, extra: int = 0, images: 
     return Work("depthwise" if stride == 1 else "strided depthwise", layer.name, terms, _logs(features))
 
 
-def linear(layer: LayerSpec, choice: Choice | None, images: int = 1) -> Work:
-    """A fully connected layer; few images share one reading of the weights."""
+def linear(layer: LayerSpec, choice: Choice | None, images: int = 1, chain: int = 0) -> Work:
+    """A fully connected layer; few images share one reading of the weights. These come from far memory, as other layers
+    have passed through the near cache since the last run; in a chain of that many alike, only what does not fit."""
     P, Q, choice_left = structure.shrunk(layer, choice)
     share, read, own = structure.linear(*structure.split(choice_left), P, Q)
-    weights = share * P * Q * images
-    features = (weights, read, P, 2.0 if own else 1.0)
-    return Work(
-        "linear", layer.name, (weights * (not own), weights * own, read, float(P), 1.0), _logs(features), choice
-    )
+    weights, far = share * P * Q * images, max(1 - NEAR_BYTES / (chain * read + 1), 0.0) if chain else 1.0
+    features = (weights, read, P, 2.0 if own else 1.0, 1 + far)
+    terms = (weights * (not own), weights * own, read, read * far, float(P), 1.0)
+    return Work("linear", layer.name, terms, _logs(features), choice)
 
 
 MOVES = (
@@ -103,11 +107,11 @@ def pool(name: str, outputs: float, window: float, image: float) -> Work:
     return Work("pool", name, (outputs * window, image, 1.0))
 
 
-def layer_works(layer: LayerSpec, choice: Choice | None, width: int | None = None) -> list[Work]:
-    """The steps of one layer alone, as in a chain of its likes: its padding keeps rows apart; a stride adds phases."""
-    width = width or jit.width()
+def layer_works(layer: LayerSpec, choice: Choice | None, chain: int = 0) -> list[Work]:
+    """The steps of one layer alone: its padding keeps rows apart; a stride adds phases. chain: of that many alike."""
+    width = jit.width()
     if layer.kind == "linear":
-        return [linear(layer, choice, max(layer.positions, 1))]
+        return [linear(layer, choice, max(layer.positions, 1), chain)]
     pad = max(layer.padding[2:], default=0) if layer.stride == (1, 1) else 0
     row = layer.W + pad
     if not split_by_phase(layer):
@@ -140,7 +144,7 @@ def network_works(graph: Graph, mapping: dict[str, Choice], threads: int = 1) ->
     for name in graph.outputs:
         if name not in plan.objects:
             size = 4 * float(np.prod(nodes[name].shape))
-            works.append(Work("result", "result", (size, 1.0)))
+            works.append(move("copy", 2 * size, name="result"))
     return works
 
 
@@ -203,6 +207,12 @@ def _without_dead(graph: Graph, mapping: dict[str, Choice]) -> tuple[Graph, dict
         if mapping[name].scheme.name in ("filter", "channel") or left[name].rate == 1:
             del left[name]
     return graph, left
+
+
+@cache
+def _plane_cycles(vectors: int, rows: int) -> float:
+    """Cycles of one column of `rows` filters over a plane, as the schedule cuts it into tiles."""
+    return sum(count * tile_cycles(size, rows) for size, count, _ in cut(vectors, rows))
 
 
 def _vectors(H: int, row: int, W: int, width: int) -> int:
