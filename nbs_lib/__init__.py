@@ -15,7 +15,8 @@ _ROOMS = {
     "pruning": ["prune", "Masks"],
     "compiler": ["compile", "tune", "Network"],
     "measure": ["measure", "compare"],
-    "mapping": ["Mapping", "uniform_mapping", "paper_mapping"],
+    "latency": ["LatencyModel"],
+    "mapping": ["Mapping", "uniform_mapping", "paper_mapping", "rule_mapping", "search_mapping", "exact_mapping"],
     "trained": ["accuracies", "Setting"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -1,0 +1,289 @@
+"""What a candidate of the search is worth (mapping 5.1): one threshold's rates, one-shot pruning, retraining, latency.
+
+An `Evaluator` remembers what it has evaluated, in a file where one is named, and sends the training to any executor."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, as_completed
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from nbs_lib.compiler import compile
+from nbs_lib.data import Data
+from nbs_lib.mapping.table import Mapping, candidates
+from nbs_lib.measure import host, measure
+from nbs_lib.paths import write_atomic
+from nbs_lib.pruning import prune
+from nbs_lib.pruning.cut import over_all
+from nbs_lib.pruning.targets import Target, find_weight
+from nbs_lib.schemes import Choice, Pattern, Scheme, check_rate
+from nbs_lib.train import evaluate
+
+Schemes = dict[str, Scheme]
+
+
+def global_rates(graph, schemes: Schemes, rate: float) -> Mapping:
+    """The mapping whose CONV rates fall out of one threshold on the energy per weight of the graph's weights.
+
+    rate: total / kept CONV weights of the whole model, met as nearly as groups allow; CONV layers without a scheme stay
+    dense and count. Linear layers get `rate` itself. Patterns are fitted over all their layers. Each layer keeps at
+    least its strongest group. Raises KeyError for unknown layers, ValueError for a rate that the dense layers leave no
+    room for, and as `Scheme.checked`."""
+    specs = {name: graph[name] for name in schemes}
+    for scheme in {s for s in schemes.values() if isinstance(s, Pattern) and s.patterns is None}:
+        fitted = scheme.fit(specs[name].weight for name, other in schemes.items() if other == scheme)
+        schemes = {name: fitted if other == scheme else other for name, other in schemes.items()}
+    convs = {name for name, layer in graph.layers.items() if layer.kind != "linear"}
+    total, dense = (sum(graph[name].params for name in names) for names in (convs, convs - schemes.keys()))
+    kept = total / check_rate(rate) - dense
+    if (pruned := convs & schemes.keys()) and kept <= 0:
+        raise ValueError(f"Expected a CONV rate below {total / dense:.4g}, as some layers stay dense. Got {rate:g}.")
+    targets = {n: Target(specs[n].weight, Choice(schemes[n], 1.0), specs[n].groups) for n in schemes if n in pruned}
+    cut = over_all(targets, max(1.0, (total - dense) / kept)) if pruned else None
+    choices = {name: cut.choices[name] if name in pruned else Choice(schemes[name], rate) for name in schemes}
+    rows = candidates(graph, None, None, ())[1]
+    for row in rows:
+        if row["layer"] in schemes:
+            row["reason"] = "one threshold for all CONV layers" if row["layer"] in pruned else "the CONV layers' rate"
+    return Mapping(choices, rows)
+
+
+def mapping_id(schemes: Schemes | Mapping) -> str:
+    """12 hex digits that change with the schemes of the layers; rates do not count, as they follow from these."""
+    text = {name: str(getattr(scheme, "scheme", scheme)) for name, scheme in schemes.items()}
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hold_out(data: Data, share: float, seed: int = 0) -> Data:
+    """Data whose `test` is `share` of the training images, as many of each class, and whose `train` is the others."""
+    if not 0 < share < 1:
+        raise ValueError(f"Expected to hold out a share in (0, 1) of the training images. Got {share!r}.")
+    labels, chosen = data.train.labels.cpu().numpy(), np.zeros(len(data.train.labels), bool)
+    rng = np.random.default_rng(seed)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: max(1, round(share * len(members)))]] = True
+    parts = [torch.from_numpy(np.flatnonzero(part)).to(data.train.images.device) for part in (~chosen, chosen)]
+    train, test = (
+        replace(batches, images=data.train.images[part], labels=data.train.labels[part])
+        for batches, part in zip((data.train, data.test), parts, strict=True)
+    )
+    return replace(data, name=f"{data.name}, {share:g} held out by {seed}", train=train, test=test)
+
+
+@lru_cache(maxsize=1)
+def _loaded(payload: bytes) -> tuple[torch.nn.Module, Data]:
+    """The dense model and the data, once per process; the images lie on the GPU, where there is one."""
+    model, data, share, seed = pickle.loads(payload)
+    data = hold_out(data() if callable(data) else data, share, seed)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = {name: getattr(data, name) for name in ("train", "test")}
+    parts = {name: replace(b, images=b.images.to(where), labels=b.labels.to(where)) for name, b in parts.items()}
+    return model, replace(data, **parts)
+
+
+def retrained(payload: bytes, mapping: Mapping, epochs: int, seed: int, threads: int, options: dict) -> dict:
+    """What the executor runs: accuracy on the held-out images after one-shot pruning and `epochs` of retraining, and
+    seconds. A loss that is not finite gives accuracy 0 and the error."""
+    began, before = time.perf_counter(), torch.get_num_threads()
+    model, data = _loaded(payload)
+    model, error = copy.deepcopy(model), ""
+    options = {"test_every": 0, "progress": False, "data": data, "retrain_epochs": epochs} | options
+    torch.set_num_threads(threads)  # the same for every executor: sums depend on it
+    try:
+        prune(model, mapping, seed=seed, **options)
+        accuracy = evaluate(model.to(data.test.images.device), data, progress=False)
+    except FloatingPointError as failure:
+        accuracy, error = 0.0, str(failure)
+    finally:
+        torch.set_num_threads(before)
+    return {"accuracy": accuracy, "seconds": time.perf_counter() - began, "error": error}
+
+
+def _data_id(data: Data | Callable[[], Data]) -> str:
+    if isinstance(data, Data):
+        return f"{data.name}, {len(data.train.labels)} images in batches of {data.train.batch_size}"
+    return hashlib.sha256(pickle.dumps(data)).hexdigest()[:16]
+
+
+class Inline(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        future = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Evaluator:
+    """Evaluates lists of {layer: scheme}: reward = accuracy in [0, 1] - weight * ms / dense_ms. Remembers them all.
+
+    The accuracy is that of `held_out` of the training images, after `epochs` of retraining on the others (which image
+    is where follows from `seed`). The dense network may have seen them: it ranks candidates, and the test images, which
+    take no part, have the last word. latency: "measured" (compiled code on `device`, `threads` threads, 20 to `runs`
+    samples), an object with `predict(graph, mapping)` -> ms such as a LatencyModel, or a function (pruned model,
+    mapping) -> ms. executor: any `concurrent.futures.Executor`; default: this process, one after the other. data may be
+    a function without arguments that loads it, called once per process, where a set is too large to be sent along.
+    overlap: whether to measure while others train, True where they do so elsewhere; default: where cores are left for
+    it, otherwise only compilation overlaps. checkpoint: a JSON file, from which an evaluator of the same settings goes
+    on. options: of `fit`, such as lr. Raises ValueError for a graph of other weights and another's checkpoint."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: Data | Callable[[], Data],
+        graph,
+        rate: float,
+        latency="measured",
+        weight: float = 0.2,
+        epochs: int = 2,
+        held_out: float = 0.1,
+        seed: int = 0,
+        executor: Executor | None = None,
+        checkpoint: str | Path | None = None,
+        overlap: bool | None = None,
+        threads: int = 1,
+        device: str = "host",
+        runs: int = 100,
+        train_threads: int = 1,
+        **options,
+    ):
+        if latency != "measured" and not callable(getattr(latency, "predict", latency)):
+            raise TypeError(f"Expected latency 'measured', a LatencyModel or a function. Got {latency!r}.")
+        if not isinstance(data, Data) and not callable(data):
+            raise TypeError(f"Expected Data, or a function that loads it. Got {data!r}.")
+        self.graph, self.rate, self.latency, self.weight = graph, check_rate(rate), latency, weight
+        self.epochs, self.seed, self.executor, self.overlap = epochs, seed, executor or Inline(), overlap
+        self.threads, self.device, self.runs, self.train_threads = threads, device, runs, train_threads
+        self.options, self.checkpoint = options, checkpoint and Path(checkpoint)
+        self.model = copy.deepcopy(model).cpu()
+        self.payload = pickle.dumps((self.model, data, held_out, seed))
+        for name, layer in graph.layers.items():
+            if not np.array_equal(find_weight(self.model, name)[0].detach().float().numpy(), layer.weight):
+                raise ValueError(f"Expected the graph of this model as it is now. Got other weights in {name!r}.")
+        shapes = [node.shape for node in graph.nodes if node.name in graph.inputs]
+        self.inputs = tuple(torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
+        weights = hashlib.sha256(b"".join(layer.weight.tobytes() for layer in graph.layers.values())).hexdigest()[:16]
+        settings = {"weights": weights, "data": _data_id(data), "held_out": held_out, "seed": seed}
+        settings |= {"rate": self.rate, "epochs": epochs, "options": json.dumps(options, sort_keys=True, default=str)}
+        settings |= {"latency": self.how, "train_threads": train_threads}
+        dense_ms = None
+        if self.how == "measured":
+            settings |= {"device": device, "threads": threads, "cpu": host.cpu_model()}
+        else:  # tells one latency model from another
+            settings["dense_ms"] = dense_ms = self._ms(Mapping(), *self._compiled(Mapping()))
+        self.known = {"settings": settings, "dense_ms": dense_ms, "candidates": {}}
+        self._resume()
+        if self.known["dense_ms"] is None:
+            self.known["dense_ms"] = self._ms(Mapping(), *self._compiled(Mapping()))
+
+    @property
+    def how(self) -> str:
+        """Where the latencies come from: "measured", "predicted" or "function"."""
+        return (
+            "measured"
+            if self.latency == "measured"
+            else "predicted"
+            if hasattr(self.latency, "predict")
+            else "function"
+        )
+
+    @property
+    def dense_ms(self) -> float:
+        """ms of the dense network, from the same source as the candidates'."""
+        return self.known["dense_ms"]
+
+    def __call__(self, batch: list[Schemes]) -> list[dict]:
+        """A row per candidate, in their order: mapping, id, accuracy, ms, reward, seconds (of the training), timed (how
+        the latency was taken, and beside what) and error."""
+        mappings = {mapping_id(schemes): schemes for schemes in batch}
+        found = self.known["candidates"]
+        mappings = {key: global_rates(self.graph, schemes, self.rate) for key, schemes in mappings.items()}
+        for key, schemes in mappings.items():
+            found.setdefault(key, {"schemes": {name: str(choice.scheme) for name, choice in schemes.items()}})
+        keys = {"train": "accuracy", "time": "ms"}
+        keys = {work: [key for key in mappings if piece not in found[key]] for work, piece in keys.items()}
+        training: dict[Future, str] = {}
+        try:
+            for key in keys["train"]:
+                seed = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4]) >> 1
+                work = (self.payload, mappings[key], self.epochs, seed, self.train_threads, self.options)
+                training[self.executor.submit(retrained, *work)] = key
+            ready = [(key, mappings[key], *self._compiled(mappings[key])) for key in keys["time"]]
+            works = [lambda: self._measure(ready, training), lambda: self._gather(training)]
+            for work in works if self._beside(len(training)) else reversed(works):
+                work()
+        finally:
+            for future in training:
+                future.cancel()
+        rows = [{"mapping": mappings[key], "id": key} | found[key] for key in map(mapping_id, batch)]
+        return [row | {"reward": row["accuracy"] - self.weight * row["ms"] / self.dense_ms} for row in rows]
+
+    def _gather(self, training: dict[Future, str]) -> None:
+        for future in as_completed(training):  # kept one by one: a kill costs what runs, not what is done
+            self._keep(training[future], future.result())
+
+    def _measure(self, ready: list[tuple], training: dict[Future, str]) -> None:
+        for key, *candidate in ready:
+            beside = any(not future.done() for future in training)
+            ms = self._ms(*candidate)
+            words = f"measured {'beside training' if beside else 'alone'}" if self.how == "measured" else self.how
+            self._keep(key, {"ms": ms, "timed": words})
+
+    def _beside(self, jobs: int) -> bool:
+        if self.overlap is not None or self.how != "measured" or self.device != "host":
+            return self.overlap is not False
+        workers = getattr(self.executor, "_max_workers", None)  # of pools on this machine; unknown elsewhere
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = min(psutil.cpu_count(logical=False) or 1, allowed)
+        return workers is not None and cores >= self.threads + min(workers, jobs) * self.train_threads
+
+    def _compiled(self, mapping: Mapping) -> tuple:
+        """The model pruned at once, and compiled if it is to be measured: no weight's value matters for that."""
+        if self.how == "predicted":
+            return None, None
+        prune(model := copy.deepcopy(self.model), mapping)
+        if self.how != "measured":
+            return model, None
+        return model, compile(model, self.inputs, threads=self.threads, mapping=mapping)
+
+    def _ms(self, mapping: Mapping, model: torch.nn.Module | None, network) -> float:
+        if self.how == "measured":
+            (row,) = measure(network, self.device, runs=self.runs, adaptive=True, seed=self.seed).to_dict("records")
+            if not row["ok"]:
+                raise RuntimeError(f"Expected a latency of {mapping_id(mapping)} on {self.device}. Got: {row['error']}")
+            return row["median_ms"]
+        found = self.latency.predict(self.graph, mapping) if self.how == "predicted" else self.latency(model, mapping)
+        return float(found)
+
+    def _keep(self, key: str, facts: dict) -> None:
+        self.known["candidates"][key] |= facts
+        if self.checkpoint:
+            write_atomic(self.checkpoint, json.dumps(self.known))
+
+    def _resume(self) -> None:
+        if not self.checkpoint or not self.checkpoint.exists():
+            return
+        try:
+            known = json.loads(self.checkpoint.read_text())
+            found, wanted = known["settings"], self.known["settings"]
+            odd = {name for name in wanted | found if found.get(name) != wanted.get(name)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Expected a checkpoint of a search. Got {self.checkpoint}: {error!r}.") from error
+        if odd:
+            wanted, found = ({name: facts.get(name) for name in sorted(odd)} for facts in (wanted, found))
+            raise ValueError(f"Expected a checkpoint of {wanted}, or another file. Got one of {found}.")
+        self.known = known
