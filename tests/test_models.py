@@ -33,6 +33,7 @@ def test_sizes_are_the_published_ones():
     assert parameters("resnet18") == 11_689_512
     assert parameters("resnet50") == 25_557_032
     assert parameters("mobilenet_v2") == 3_504_872
+    assert parameters("mobilenet_v1") == 4_231_976  # Howard et al. 2017, table 4: 4.2 M
     # The CIFAR forms differ from ImageNet's in the stem's kernel (3x3) and in the number of classes only.
     assert parameters("resnet18_cifar", num_classes=1000) == 11_689_512 - 64 * 3 * (49 - 9)
     assert parameters("resnet50_cifar", num_classes=1000) == 25_557_032 - 64 * 3 * (49 - 9)

@@ -1,8 +1,12 @@
 """The networks by name: CIFAR forms for (N, 3, 32, 32), a file per family, and ImageNet forms from torchvision."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -13,16 +17,21 @@ ensure_torchvision()  # before anything that imports torchvision
 from torchvision import models as imagenet  # noqa: E402
 
 from nbs_lib.models.mobilenet import mobilenet_v2_cifar  # noqa: E402
+from nbs_lib.models.mobilenet_v1 import mobilenet_v1  # noqa: E402
 from nbs_lib.models.resnet import resnet18_cifar, resnet20, resnet32, resnet50_cifar, resnet56  # noqa: E402
 from nbs_lib.models.vgg import vgg16_cifar  # noqa: E402
 
 CIFAR = (vgg16_cifar, resnet18_cifar, resnet50_cifar, mobilenet_v2_cifar, resnet20, resnet32, resnet56)
 IMAGENET = (imagenet.vgg16, imagenet.vgg16_bn, imagenet.resnet18, imagenet.resnet50, imagenet.mobilenet_v2)
-MODELS: dict[str, Callable[..., nn.Module]] = {make.__name__: make for make in CIFAR + IMAGENET}
+MODELS: dict[str, Callable[..., nn.Module]] = {make.__name__: make for make in (*CIFAR, *IMAGENET, mobilenet_v1)}
+
+HOLDERS = ("state_dict", "model_state_dict", "model", "net")  # where training checkpoints keep the weights
+PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 def build(name: str, **options) -> nn.Module:
-    """A new network of `MODELS`; `num_classes`, and `width` (CIFAR) or `weights` (ImageNet), go to its factory.
+    """A new network of `MODELS`; `num_classes`, and `width` (CIFAR, MobileNet-V1) or `weights` (ImageNet), go to its
+    factory.
 
     Raises KeyError, with the known names, for another name."""
     if name not in MODELS:
@@ -31,15 +40,21 @@ def build(name: str, **options) -> nn.Module:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load weights saved by torch: a state_dict, or a training checkpoint that holds one, with or without "module.".
+    """Load weights: a state_dict of torch's or in safetensors, or a training checkpoint that holds one, with or without
+    the prefixes that wrappers put before names ("module.", "_orig_mod.").
 
     Returns the model. Raises FileNotFoundError, and ValueError naming the file where it holds other weights."""
+    path = Path(path).expanduser()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
-        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+        read = safetensors.torch.load_file if path.suffix == ".safetensors" else partial(torch.load, weights_only=True)
+        state = read(path, "cpu")
+        while held := next((state[key] for key in HOLDERS if isinstance(state.get(key), dict)), None):
+            state = held
+        own = model.state_dict()
+        model.load_state_dict({k if k in own else PREFIXES.sub("", k): tensor for k, tensor in state.items()})
     except FileNotFoundError:
         raise FileNotFoundError(f"Expected a checkpoint. Got {path}, which is not there.") from None
     except Exception as error:  # whatever torch's unpickler meets in a damaged file
-        raise ValueError(f"Expected a checkpoint of {type(model).__name__}. Got {path}: {error}") from error
+        told = shorten(str(error), 500)
+        raise ValueError(f"Expected a checkpoint of {type(model).__name__}. Got {path}: {told}") from error
     return model

@@ -70,3 +70,16 @@ def judge(claims: Claims, key: str, found: pd.Series, how: str, lacking: str = "
     else:
         claims.check(key, found.mean(), f"{how}: {told}")
     return claims.answers[key][1]
+
+
+def drops(trained: pd.DataFrame, network: str, rate: float) -> tuple[pd.Series, str]:
+    """What accuracy rows say of a network in full width, pruned within 3 % of a CONV rate: the drop in points of each
+    (negative: a gain); and, in words, which other drops of that network are on record."""
+    rows = trained[trained.ok & (trained.network == network) & trained.conv_rate.gt(1)]
+    found = 100 * (rows.dense_accuracy - rows.accuracy)
+    same = (rows.width == 1) & ((rows.conv_rate / rate - 1).abs() <= 0.03)
+    others = [
+        f"width {r.width:g}, {r.algorithm} at {r.conv_rate:.3g}x: {found[r.Index]:.1f}" for r in rows.itertuples()
+    ]
+    told = f"; other drops on record, in points: {'; '.join(others)}" if others and not same.any() else ""
+    return found[same], told
