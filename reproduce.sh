@@ -94,5 +94,5 @@ if [[ $python == "$PWD/.venv/bin/python" ]]; then
     ) 9>.venv.lock
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # a conda environment need not have nbs_lib installed
-if [[ $kind == test ]]; then exec "$python" -m pytest -q -n 2 "$@"; fi # two workers: most of the time is compiling
+if [[ $kind == test ]]; then exec "$python" -m pytest -q -n 2 --dist worksteal "$@"; fi # mostly compiling
 exec "$python" notebooks/reproduce.py "$@"

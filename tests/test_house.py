@@ -274,7 +274,7 @@ def test_first_run_sets_up_and_second_installs_nothing(commands):
 def test_the_test_command_adds_its_extra_once(commands):
     assert "-e .[test]" in commands("test", "-x", "tests/test_house.py")[2]
     status, said, calls = commands(script=".ci/run")
-    assert (status, said) == (0, []) and calls.endswith("-m pytest -q -n 2\n") and "pip" not in calls
+    assert (status, said) == (0, []) and calls.endswith("-m pytest -q -n 2 --dist worksteal\n") and "pip" not in calls
     assert "pip" not in commands()[2]  # the test set-up has all of the main one
 
 
@@ -319,7 +319,7 @@ def test_a_conda_environment_is_used_when_it_has_everything(commands, tmp_path):
     (tmp_path / "conda" / "bin").mkdir(parents=True)
     shutil.copy(commands.tools / "python3", tmp_path / "conda/bin/python")
     status, said, calls = commands("test", CONDA_PREFIX=tmp_path / "conda")
-    assert (status, said) == (0, []) and calls.endswith("conda/bin/python -m pytest -q -n 2\n") and "pip" not in calls
+    assert (status, said) == (0, []) and calls.endswith("conda/bin/python -m pytest -q -n 2 --dist worksteal\n") and "pip" not in calls
     status, said, calls = commands(CONDA_PREFIX=tmp_path / "conda", CONDA_LACKS="torch>=2")
     assert "lacks torch>=2: using .venv" in said[0] and "-m pip install" in calls
 

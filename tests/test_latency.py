@@ -179,6 +179,8 @@ def test_a_network_is_the_sum_of_its_steps(lm, graph):
     assert lm.predict(graph, mapping) == pytest.approx(steps.ms.sum())
     assert (steps.low_ms <= steps.ms).all() and (steps.ms <= steps.high_ms).all() and (steps.ms >= 0).all()
     assert set(graph.layers) == set(steps.layer) - {""}
+    low, high = lm.predict_range(graph, mapping)
+    assert low == pytest.approx(steps.low_ms.sum()) and low < lm.predict(graph, mapping) < high
     net = nbs.compile(build("resnet20").eval(), torch.zeros(1, 3, 32, 32), tuning=False)
     assert len(steps) == len(net.steps) + 2  # the result's copy and the call
     assert lm.predict(graph, mapping) < lm.predict(graph, {})
@@ -232,7 +234,23 @@ def test_structure_is_that_of_the_packing():
     assert share < 0.6 and read < 6.1 * 1024 * 1024 * share
 
 
+@pytest.mark.parametrize("columns", [{"fingerprint": "0" * 12}, {"threads": 2}, {"ok": False, "error": "no"}])
+def test_rows_that_do_not_go_together_are_no_model(columns):
+    rows = [row(setting) for setting in spread(20)]
+    with pytest.raises(ValueError, match="Expected rows without errors, of one machine"):
+        LatencyModel(pd.concat([*rows, row(spread(21)[20], **columns)]))
+
+
+def test_sizes_beyond_the_settings_are_less_certain(lm):
+    curve, far = lm.curves["conv"], model.row_works(spread(2)[0])[2][0]
+    shifted = [model.Work("conv", "x", far.terms, tuple(curve.high + more)) for more in (0.0, 1.0)]
+    near, beyond = curve(shifted)[1]
+    assert beyond > near + 0.05
+
+
 def test_it_refuses_by_name(lm, graph):
+    with pytest.raises(NoData, match="on one vector"):
+        lm.predict(nbs.trace(nn.Linear(16, 16), torch.zeros(4, 16)), {})
     with pytest.raises(KeyError, match="layer9"):
         lm.predict(graph, {"layer9": nbs.Choice(nbs.BlockPunched(8, 4), 2.0)})
     strange = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, padding=1)).eval()

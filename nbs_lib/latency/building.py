@@ -36,7 +36,7 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
     for place in dict.fromkeys([*places, file]):
         for row in cache.read(place).itertuples() if place.exists() else ():
             if row.ok and row.fingerprint == seal and row.model == MODEL and str(row.threads) == str(threads):
-                with contextlib.suppress(ValueError):  # of a family that is no longer measured
+                with contextlib.suppress(ValueError, TypeError):  # of a family no longer measured; an empty cell
                     known.setdefault(TestModel.of(row), row._asdict())
     missing, began = [setting for setting in wanted if setting not in known], time.monotonic()
     for number, setting in enumerate(tqdm(missing, "Latency model", disable=not progress or not missing)):
@@ -59,6 +59,7 @@ def _measure(setting: TestModel, device: str, threads: int) -> pd.DataFrame:
     try:
         net = setting.network(threads)
     except Exception as error:
-        known = {"device": device, "fingerprint": "none", "threads": threads, "model": MODEL} | setting.columns()
-        return schema.frame([known | {"ok": False, "error": f"{type(error).__name__}: {error}"}])
+        known = DEVICES[device].provenance(f"prunemap {__version__}") | {"threads": threads, "model": MODEL}
+        failed = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        return schema.frame([known | setting.columns() | failed])
     return measure(net, device, RUNS, WARMUP, adaptive=True, model=MODEL, **setting.columns())

@@ -79,8 +79,8 @@ def check(
 
 def score(rows: pd.DataFrame, within: Iterable[float] = (5, 10, 15)) -> pd.DataFrame:
     """Per network and over all: predictions, refusals, the share (%) within 5, 10 and 15 % (a refusal is a miss), RMSPE
-    (%), bias (%, median) and Spearman's rank correlation. `across`: that of the networks' medians is part of "all"."""
-    scored = []
+    (%), bias (%, median) and Spearman's rank correlation of those predicted. Unmeasured rows do not count."""
+    scored, rows = [], rows[rows.measured_ms.notna()]
     for name, part in [*rows.groupby("network", sort=False), ("all", rows)]:
         error = 100 * (part.predicted_ms / part.measured_ms - 1)
         row = {"network": name, "predictions": len(part), "refused": int(error.isna().sum())}

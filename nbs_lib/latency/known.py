@@ -23,5 +23,5 @@ def known_model(threads=1, budget_s=15.0, settings=512) -> tuple[LatencyModel, s
         most = other.groupby("fingerprint").size()
         if len(most) and most.max() > len(found):
             found = other[other.fingerprint == most.idxmax()][list(schema.COLUMNS)]
-            whose = f"{found.cpu.iloc[0]}, not this machine"
+            whose = f"{found.cpu.iloc[0]}, prunemap {found.engine_version.iloc[0]}, not this machine and version"
     return LatencyModel(found), f"{whose}, {len(found)} settings"

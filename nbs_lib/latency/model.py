@@ -29,6 +29,7 @@ LEARNT = ("conv", "depthwise", "linear")  # kinds whose times are corrected by w
 # weights come from memory at one speed from some megabytes on, and VGG-16's would take gigabytes ten times over.
 REACH = {"conv": 2.0, "depthwise": 2.0, "linear": 5.0}
 SIGMAS = 1.96
+BEYOND = 0.1  # ours: relative deviation that each doubling beyond the measured settings adds
 
 
 @dataclass(eq=False)
@@ -71,7 +72,8 @@ class Curve:
             )
         inside = (np.clip(features, self.low, self.high) - self.centre) / self.spread
         ratio, deviation = self.process.predict(inside, return_std=True)
-        return terms @ self.coefficients * np.exp(ratio), deviation
+        beyond = np.maximum(np.maximum(features - self.high, self.low - features).max(axis=1), 0)
+        return terms @ self.coefficients * np.exp(ratio), np.hypot(deviation, BEYOND * beyond)
 
 
 class LatencyModel:
@@ -87,6 +89,8 @@ class LatencyModel:
         if len(self.rows) < 16:
             raise NoData(f"Expected at least 16 measured settings. Got {len(self.rows)}: give the build more time.")
         first = self.rows.iloc[0]
+        if not self.rows.ok.all() or len(self.rows[["fingerprint", "threads"]].drop_duplicates()) > 1:
+            raise ValueError("Expected rows without errors, of one machine, engine and thread count. Got others.")
         self.device, self.cpu, self.fingerprint = first.device, first.cpu, first.fingerprint
         self.engine, self.threads = (
             f"{first.engine} {first.engine_version}",
@@ -144,6 +148,11 @@ class LatencyModel:
         call = {"layer": "", "op": "call", "scheme": "dense", "rate": 1.0}
         return pd.DataFrame([*rows, call | dict.fromkeys(("ms", "low_ms", "high_ms"), self.call_ms)])
 
+    def predict_range(self, graph: Graph, mapping: dict[str, Choice]) -> tuple[float, float]:
+        """ms between which `predict` lies with 95 % if all its steps err alike, the worst case."""
+        steps = self.predict_layers(graph, mapping)
+        return float(steps.low_ms.sum()), float(steps.high_ms.sum())
+
     def layer_ms(self, layer: LayerSpec, choices: list[Choice | None]) -> np.ndarray:
         """ms of one layer alone under several choices (None: dense), float64 (len(choices),); its structured choices
         leave their neighbours as they are. NoData as in `predict`."""
@@ -160,7 +169,7 @@ class LatencyModel:
             if kind in self.curves:
                 ms[at], deviation[at] = self.curves[kind]([works[number] for number in at])
             elif kind in self.parts:
-                ms[at] = [self._simple(works[number]) for number in at]
+                ms[at], deviation[at] = [self._simple(works[number]) for number in at], self.simple_deviation
             else:
                 raise NoData(f"Expected a kind of step that was measured. Got {_name(works[at[0]])}: {kind}.")
         return ms, deviation
@@ -201,6 +210,8 @@ class LatencyModel:
         rows = simple + strided
         left = [[(work, count) for work, count in works[n] if work.kind in SIMPLE] for n in rows]
         self.parts = _fit_simple(left, (total - known)[rows])
+        again = np.array([sum(count * self._simple(work) for work, count in row) for row in left])
+        self.simple_deviation = float(np.std(again / (total - known)[rows] - 1)) if rows else 0.0
         self.call_ms = float(self.parts.get("call", [0.0])[0])
 
     def _simple(self, work: Work) -> float:

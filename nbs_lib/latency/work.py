@@ -63,11 +63,13 @@ def depthwise(layer: LayerSpec, vectors: int, row: int, extra: int = 0, images: 
 
 
 def linear(layer: LayerSpec, choice: Choice | None, images: int = 1, chain: int = 0) -> Work:
-    """A fully connected layer; few images share one reading of the weights. These come from far memory, as other layers
-    have passed through the near cache since the last run; in a chain of that many alike, only what does not fit."""
+    """A fully connected layer of one image. Its weights come from far memory, as other layers have passed through the
+    near cache since the last run; in a chain of that many alike, only what does not fit."""
+    if images > 1:
+        raise NoData(f"Expected fully connected layers on one vector, as measured. Got {images} in {layer.name}.")
     P, Q, choice_left = structure.shrunk(layer, choice)
     share, read, own = structure.linear(*structure.split(choice_left), P, Q)
-    weights, far = share * P * Q * images, max(1 - NEAR_BYTES / (chain * read + 1), 0.0) if chain else 1.0
+    weights, far = share * P * Q, max(1 - NEAR_BYTES / (chain * read + 1), 0.0) if chain else 1.0
     features = (weights, read, P, 2.0 if own else 1.0, 1 + far)
     terms = (weights * (not own), weights * own, read, read * far, float(P), 1.0)
     return Work("linear", layer.name, terms, _logs(features), choice)

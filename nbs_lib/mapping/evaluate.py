@@ -18,10 +18,11 @@ import numpy as np
 import psutil
 import torch
 
+from nbs_lib import __version__
 from nbs_lib.compiler import compile
 from nbs_lib.data import Data
 from nbs_lib.mapping.table import Mapping, candidates
-from nbs_lib.measure import host, measure
+from nbs_lib.measure import DEVICES, measure
 from nbs_lib.paths import write_atomic
 from nbs_lib.pruning import prune
 from nbs_lib.pruning.cut import over_all
@@ -182,9 +183,11 @@ class Evaluator:
         settings |= {"latency": self.how, "train_threads": train_threads}
         dense_ms = None
         if self.how == "measured":
-            settings |= {"device": device, "threads": threads, "cpu": host.cpu_model()}
-        else:  # tells one latency model from another
-            settings["dense_ms"] = dense_ms = self._ms(Mapping(), *self._compiled(Mapping()))
+            seal = DEVICES[device].provenance(f"prunemap {__version__}")["fingerprint"]
+            settings |= {"device": device, "threads": threads, "fingerprint": seal}
+        elif self.how == "predicted":  # tells one latency model from another, or from itself with more rows
+            dense_ms = self._ms(Mapping(), *self._compiled(Mapping()))
+            settings["dense_ms_of_the_latency_model"] = dense_ms
         self.known = {"settings": settings, "dense_ms": dense_ms, "candidates": {}}
         self._resume()
         if self.known["dense_ms"] is None:
@@ -193,13 +196,9 @@ class Evaluator:
     @property
     def how(self) -> str:
         """Where the latencies come from: "measured", "predicted" or "function"."""
-        return (
-            "measured"
-            if self.latency == "measured"
-            else "predicted"
-            if hasattr(self.latency, "predict")
-            else "function"
-        )
+        if self.latency == "measured":
+            return "measured"
+        return "predicted" if hasattr(self.latency, "predict") else "function"
 
     @property
     def dense_ms(self) -> float:
@@ -221,8 +220,12 @@ class Evaluator:
             for key in keys["train"]:
                 seed = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4]) >> 1
                 work = (self.payload, mappings[key], self.epochs, seed, self.train_threads, self.options)
-                training[self.executor.submit(retrained, *work)] = key
-            ready = [(key, mappings[key], *self._compiled(mappings[key])) for key in keys["time"]]
+                training[future := self.executor.submit(retrained, *work)] = key
+                self._gather({future: key} if future.done() else {})
+            ready = []
+            for key in keys["time"]:
+                ready.append((key, mappings[key], *self._compiled(mappings[key])))
+                self._gather({future: name for future, name in training.items() if future.done()})
             works = [lambda: self._measure(ready, training), lambda: self._gather(training)]
             for work in works if self._beside(len(training)) else reversed(works):
                 work()
@@ -234,7 +237,8 @@ class Evaluator:
 
     def _gather(self, training: dict[Future, str]) -> None:
         for future in as_completed(training):  # kept one by one: a kill costs what runs, not what is done
-            self._keep(training[future], future.result())
+            if "accuracy" not in self.known["candidates"][training[future]]:
+                self._keep(training[future], future.result())
 
     def _measure(self, ready: list[tuple], training: dict[Future, str]) -> None:
         for key, *candidate in ready:
