@@ -319,7 +319,8 @@ def test_a_conda_environment_is_used_when_it_has_everything(commands, tmp_path):
     (tmp_path / "conda" / "bin").mkdir(parents=True)
     shutil.copy(commands.tools / "python3", tmp_path / "conda/bin/python")
     status, said, calls = commands("test", CONDA_PREFIX=tmp_path / "conda")
-    assert (status, said) == (0, []) and calls.endswith("conda/bin/python -m pytest -q -n 2 --dist worksteal\n") and "pip" not in calls
+    assert (status, said) == (0, []) and "pip" not in calls
+    assert calls.endswith("conda/bin/python -m pytest -q -n 2 --dist worksteal\n")
     status, said, calls = commands(CONDA_PREFIX=tmp_path / "conda", CONDA_LACKS="torch>=2")
     assert "lacks torch>=2: using .venv" in said[0] and "-m pip install" in calls
 

@@ -1,6 +1,8 @@
 """A network the project has never seen, through notebooks/own_network.ipynb; finding networks; the words at the end."""
 
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -260,6 +262,38 @@ def test_errors_name_their_parameter():
         raise ZeroDivisionError
 
 
+def test_a_file_may_be_called_as_a_module_of_python(tmp_path):
+    (tmp_path / "calendar.py").write_text(ODD + "\n\ndef fails():\n    return len(7)\n")
+    made = [find_model(f"{tmp_path}/calendar.py:make") for _ in range(2)]
+    assert all(type(pickle.loads(pickle.dumps(model))) is type(model) for model in made)
+    with pytest.raises(TypeError, match="^object of type 'int' has no len"):  # its own, not of the options
+        find_model(f"{tmp_path}/calendar.py:fails")
+    (tmp_path / "half.py").write_text("class Half: pass\nraise RuntimeError('no more')")
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="RuntimeError: no more"):
+        find_model(f"{tmp_path}/half.py:make")
+    assert set(sys.modules) == before
+
+
+def test_a_run_goes_on_with_its_mapping_when_the_latency_model_has_grown(run, odd, tmp_path, monkeypatch):
+    given = {"network": f"{odd[0]}:make", "data": "", "size": 9, "until": "uniform", "resume": str(tmp_path / "kept")}
+    first = run(**given)["mappings"]["rule"]
+    monkeypatch.setattr(Fake, "layer_ms", lambda self, layer, choices: np.ones(len(choices)))
+    names = run(**given)
+    assert names["mappings"]["rule"] == first and "right" not in first and "right" in names["unknown"]
+    assert "right" in run(**given | {"rate": 3.0})["mappings"]["rule"]  # another question, another mapping
+
+
+def test_a_network_that_cannot_be_predicted_is_told_why(run, odd, monkeypatch, capsys):
+    def refuses(self, graph, mapping):
+        raise NoData("Expected a kind of step that was measured. Got sinh.")
+
+    monkeypatch.setattr(Fake, "predict", refuses)
+    run(until="next", network=f"{odd[0]}:make", data="", size=9)
+    said = capsys.readouterr().out
+    assert "cannot predict the whole network under rule, block_punched(8x4)" in said and "Got sinh." in said
+
+
 def outcome(ms=(4.0, 2.0, 1.0), accuracy=(0.9, 0.9, 0.9), predicted=None, **others):
     labels = ["PyTorch", "dense", "rule", *others]
     rows = {"median_ms": [*ms, *(value[0] for value in others.values())], "error": "", "predicted_ms": predicted}
@@ -267,7 +301,7 @@ def outcome(ms=(4.0, 2.0, 1.0), accuracy=(0.9, 0.9, 0.9), predicted=None, **othe
     return pd.DataFrame({"label": labels} | rows).astype({"predicted_ms": float, "accuracy": float})
 
 
-def words(table, steps=None, left_dense=False):
+def words(table, steps=None, left_dense=False, rate=4.0, chosen="rule", classes=10):
     shapes = [(8, 8, 3, 3), (8, 8, 1, 1)]
     report = pd.DataFrame({"layer": ["a", "b"], "kind": "conv", "shape": shapes, "macs": [900, 100]})
     report["scheme"], report["reason"] = ["dense" if left_dense else "block_punched(8x4)", "filter"], "as it is"
@@ -275,7 +309,9 @@ def words(table, steps=None, left_dense=False):
     profile = pd.DataFrame(
         columns | {"ms": [3.0, np.nan, 1.0], "macs": [900, 0, 0], "bound": ["memory", "PyTorch", ""]}
     )
-    return "\n".join(advice.next_steps(table, "rule", profile if steps is None else steps(profile), report, 4.0))
+    return "\n".join(
+        advice.next_steps(table, chosen, profile if steps is None else steps(profile), report, rate, classes)
+    )
 
 
 def test_much_accuracy_lost_asks_for_less_pruning_and_patterns():
@@ -291,6 +327,18 @@ def test_no_accuracy_lost_leaves_room_and_some_lost_asks_for_epochs():
     assert "No data" in words(outcome(accuracy=(None, None, None)))
 
 
+def test_a_network_at_chance_is_not_asked_to_be_pruned_further():
+    said = words(outcome(accuracy=(0.1, 0.1, 0.11)))
+    assert "hardly learnt anything, chance being 10 %" in said and "There is room" not in said
+    assert "There is room" in words(outcome(accuracy=(0.1, 0.12, 0.12)), classes=100)
+    assert "hardly learnt anything: train" in words(outcome(accuracy=(0.1, 0.05, 0.05)), classes=0)
+
+
+def test_the_lowest_rate_is_not_advised_again():
+    said = words(outcome(accuracy=(0.9, 0.9, 0.8)), rate=1.5)
+    assert "try twice the epochs" in said and "rate =" not in said
+
+
 def test_no_gain_says_where_the_time_is_and_what_was_left_dense():
     said = words(outcome(ms=(4.0, 1.05, 1.0)))
     assert "No gain against dense. The time is in a (75%, conv2d: memory), call (25%" in said and "higher rate" in said
@@ -303,6 +351,9 @@ def test_fallbacks_better_mappings_and_wrong_predictions_are_named():
     assert "sinh (1x)" in said and "1 of 4 ms" in said and "Through PyTorch" not in words(outcome())
     assert "Faster than rule and no less accurate: filter (0.5 ms)" in words(outcome(filter=(0.5, 0.95)))
     assert "Faster" not in words(outcome(filter=(0.5, 0.5)))
+    assert "smaller beta" in words(outcome(filter=(0.5, 0.95)))
+    said = words(outcome(filter=(1.0, 0.9)).assign(median_ms=[4.0, 2.0, 0.5, 1.0]), chosen="filter")
+    assert "Faster than filter" in said and "beta" not in said
     assert "predicted 2 ms, +100%" in words(outcome(predicted=2.0)) and "predicted" not in words(outcome(predicted=1.1))
 
 

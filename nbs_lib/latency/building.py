@@ -17,16 +17,18 @@ RUNS, WARMUP = 100, 3
 
 
 def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, progress=True) -> pd.DataFrame:
-    """A measured row per setting, from record or measured now until `budget_s` seconds are over, at least one.
+    """A measured row per setting, from record or measured now until `budget_s` seconds are over; 0: from record alone.
 
     On record are data/measured/<device>/latency_model.csv and the same below the cache folder, rows of this CPU, engine
     version and thread count. What is measured goes to the latter, or to `file`, row by row: a killed build goes on
     where it was. Rows that failed are measured again. Raises KeyError for an unknown device, ValueError for a budget
-    or a number of settings that is not positive."""
+    below 0 and a number of settings below 1."""
     if device not in DEVICES:
         raise KeyError(f"Expected a device among {', '.join(DEVICES)}. Got {device!r}.")
-    if not (budget_s > 0 and settings > 0):
-        raise ValueError(f"Expected a budget in seconds and a number of settings above 0. Got {budget_s}, {settings}.")
+    if not (budget_s >= 0 and settings > 0):
+        raise ValueError(
+            f"Expected a budget of 0 s or more and a number of settings above 0. Got {budget_s}, {settings}."
+        )
     wanted, engine = spread(settings), f"prunemap {__version__}"
     seal = DEVICES[device].provenance(engine)["fingerprint"]
     places = (paths.data_dir(), paths.cache_dir())
@@ -40,7 +42,7 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
                     known.setdefault(TestModel.of(row), row._asdict())
     missing, began = [setting for setting in wanted if setting not in known], time.monotonic()
     for number, setting in enumerate(tqdm(missing, "Latency model", disable=not progress or not missing)):
-        if number and time.monotonic() - began >= budget_s:
+        if time.monotonic() - began >= budget_s:
             warnings.warn(
                 f"the budget of {budget_s:g} s was over after {number} of {len(missing)} settings: a coarser model",
                 stacklevel=3,

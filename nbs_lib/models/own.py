@@ -2,11 +2,14 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -18,13 +21,17 @@ def find_model(name: str, **options) -> nn.Module:
     "folder/file.py:function"; options go to the factory.
 
     Raises ValueError for a module, file, function or name that is not there, or cannot be imported, and TypeError for
-    options the factory does not take, and for a factory that gives no torch.nn.Module."""
+    options the factory does not take, and for a factory that gives no torch.nn.Module. What the factory itself raises
+    is left as it is."""
     module, _, function = name.rpartition(":")
     make = _function(module, function) if module else _known(name)
-    try:
-        model = make(**options)
-    except TypeError as error:
-        raise TypeError(f"Expected options that {name} takes. Got {options}: {error}") from error
+    with suppress(ValueError):  # a callable written in C may have no signature
+        signature = inspect.signature(make)
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            raise TypeError(f"Expected options that {name} takes. Got {options}: {error}") from error
+    model = make(**options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected {name} to give a torch.nn.Module. Got {type(model).__name__}.")
     return model
@@ -61,14 +68,19 @@ def _function(module: str, function: str) -> Callable[..., nn.Module]:
     return made
 
 
-def _load(file: Path):
-    """The module in a file, read anew; it may import what lies beside it."""
+def _load(file: Path) -> ModuleType:
+    """The module in a file, read anew, under a name that no other module has; it may import what lies beside it."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file.resolve()}")
     if (folder := str(file.resolve().parent)) not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(file.stem, module)  # classes look for their module there
-    spec.loader.exec_module(module)
+    names = (f"own_{file.stem}{number or ''}" for number in count())  # a calendar.py must not pass for Python's own
+    name = next(name for name in names if name not in sys.modules)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # pickled classes look for their module there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

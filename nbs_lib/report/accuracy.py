@@ -1,5 +1,6 @@
 """Rows of `accuracies`: mean and spread over seeds, differences between equal seeds, and how they are drawn."""
 
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -72,14 +73,32 @@ def judge(claims: Claims, key: str, found: pd.Series, how: str, lacking: str = "
     return claims.answers[key][1]
 
 
-def drops(trained: pd.DataFrame, network: str, rate: float) -> tuple[pd.Series, str]:
-    """What accuracy rows say of a network in full width, pruned within 3 % of a CONV rate: the drop in points of each
-    (negative: a gain); and, in words, which other drops of that network are on record."""
+def drops(trained: pd.DataFrame, network: str, rate: float, dataset: str = "CIFAR-10") -> tuple[pd.Series, str]:
+    """What accuracy rows say of rule-based mappings of a network in full width, trained on all images of exactly this
+    data set (as `dataset_name` calls it, JPEG or not), pruned within 3 % of a CONV rate: the drop in points of each
+    (negative: a gain); and, in words, with data set, algorithm, schemes, rates and epochs: these rows, or where there
+    are none, the other ones of that network on this data set. A mapping is a row with `rates`, a scheme and a rate for
+    each layer; one scheme for all layers is no rule's."""
     rows = trained[trained.ok & (trained.network == network) & trained.conv_rate.gt(1)]
+    rows = rows[rows.dataset.map(lambda name: dataset_name(name).removesuffix(" (JPEG)") == dataset).astype(bool)]
     found = 100 * (rows.dense_accuracy - rows.accuracy)
-    same = (rows.width == 1) & ((rows.conv_rate / rate - 1).abs() <= 0.03)
-    others = [
-        f"width {r.width:g}, {r.algorithm} at {r.conv_rate:.3g}x: {found[r.Index]:.1f}" for r in rows.itertuples()
-    ]
-    told = f"; other drops on record, in points: {'; '.join(others)}" if others and not same.any() else ""
-    return found[same], told
+    whole = (rows.width == 1) & (rows.train_images == 0) & rows["size"].isin([0, 32]) & rows.rates.fillna("").ne("")
+    same = whole & ((rows.conv_rate / rate - 1).abs() <= 0.03)
+    told = [f"{_how(row)}: {found[row.Index]:.1f}" for row in (rows[same] if same.any() else rows).itertuples()]
+    words = "drops in points" if same.any() else "other drops on record, in points"
+    return found[same], f"; {words}: {'; '.join(told)}" if told else ""
+
+
+def _how(row) -> str:
+    """Data set, width, algorithm, schemes, rates and epochs of an accuracy row, in words."""
+    given = json.loads(row.rates) if isinstance(row.rates, str) and row.rates else {}
+    if given:
+        schemes = pd.Series([scheme for scheme, _ in given.values()], dtype=object).value_counts().items()
+        rates = [rate for _, rate in given.values()]
+        chosen = ", ".join(f"{count} x {scheme}" for scheme, count in schemes)
+        chosen += f", layers at {min(rates):.3g}..{max(rates):.3g}x"
+    else:
+        chosen = f"{row.conv or row.linear} for all layers"
+    data = f"{dataset_name(row.dataset, row.train_images)}{f', {row.size} pixels' if row.size else ''}"
+    epochs = f"{row.total_epochs} epochs after {row.dense_epochs} dense ones"
+    return f"{data}, width {row.width:g}, {row.algorithm}, {chosen}, {row.conv_rate:.4g}x of the CONV weights, {epochs}"

@@ -8,6 +8,8 @@ from nbs_lib.report.figures import COLOURS, bars
 GAIN = 1.1  # ours: times as fast; less is called no gain
 DROP, LITTLE = 2.0, 0.5  # ours: percentage points of accuracy that are much, and hardly any
 SCATTER = 0.1  # ours: a median absolute deviation over the median that spoils a comparison
+FLOOR = 0.1  # ours: of the way from chance to 100 %; a dense network below has hardly learnt anything
+MILDEST = 1.5  # ours: the lowest rate worth trying
 OFF = 0.2  # ours: a prediction further from the measured time is called coarse
 
 
@@ -33,24 +35,33 @@ def trade_off(table: pd.DataFrame, chosen: str, ax: plt.Axes) -> plt.Axes:
     return ax
 
 
-def next_steps(table: pd.DataFrame, chosen: str, steps: pd.DataFrame, report: pd.DataFrame, rate: float) -> list[str]:
+def next_steps(
+    table: pd.DataFrame, chosen: str, steps: pd.DataFrame, report: pd.DataFrame, rate: float, classes: int = 0
+) -> list[str]:
     """A sentence or two per finding, most important first.
 
-    table: a row per label, with median_ms, mad_ms (may be missing), accuracy (in [0, 1] or NaN) and predicted_ms (or
-    NaN); labels are "PyTorch" (may be missing), "dense" and mappings, of which `chosen` is the one to judge. steps:
-    `profile` of its network, or `explain` where nothing was timed. report: its `Mapping.report()`. rate: nominal."""
+    table: a row per label, with median_ms, mad_ms (may be missing), error (text, "" for none), accuracy (in [0, 1] or
+    NaN) and predicted_ms (or NaN); labels are "PyTorch" (may be missing), "dense" and mappings, of which `chosen` is
+    the one to judge. steps: `profile` of its network, or `explain` where nothing was timed. report: its
+    `Mapping.report()`. rate: nominal. classes: of the data, 0 where unknown; they give the accuracy of chance."""
     rows = table.set_index("label")
-    told = [*_accuracy(rows, chosen, report, rate), *_speed(rows, chosen, steps, report)]
+    told = _accuracy(rows, chosen, report, rate, 100 / classes if classes else 0.0)
+    told += _speed(rows, chosen, steps, report)
     return [*told, *_fallback(steps), *_others(rows, chosen), *_prediction(rows.loc[chosen])]
 
 
-def _accuracy(rows: pd.DataFrame, chosen: str, report: pd.DataFrame, rate: float) -> list[str]:
+def _accuracy(rows: pd.DataFrame, chosen: str, report: pd.DataFrame, rate: float, chance: float) -> list[str]:
     dense, pruned = (100 * rows.accuracy[label] for label in ("dense", chosen))
     if pd.isna(pruned):
         return ["No data were given, so nothing is known of accuracy: name them with data= before you use the weights."]
     text = f"Accuracy: {pruned:.2f} % after pruning, {dense:.2f} % before ({pruned - dense:+.2f} points). "
+    if dense < chance + FLOOR * (100 - chance):
+        guess = f", chance being {chance:.3g} %" if chance else ""
+        told = f"The dense network has hardly learnt anything{guess}: train it for longer, or name a checkpoint; only "
+        return [text + told + "then is there something to say of the rate."]
     if dense - pruned > DROP:
-        text += f"That is much: try rate = {max(1.5, rate / 2):g}, twice the epochs, or algorithm = 'reweighted'"
+        less = f"rate = {max(MILDEST, rate / 2):g}, " if rate > MILDEST else ""
+        text += f"That is much: try {less}twice the epochs, or algorithm = 'reweighted'"
         macs = report.macs.sum()
         spatial = report[report["shape"].map(lambda shape: tuple(shape[2:]) == (3, 3)) & (report.kind == "conv")]
         if macs and spatial.macs.sum() > 0.3 * macs and not report.scheme.str.startswith("pattern").any():
@@ -128,7 +139,8 @@ def _others(rows: pd.DataFrame, chosen: str) -> list[str]:
         return []
     named = ", ".join(f"{label} ({row.median_ms:.3g} ms)" for label, row in better.iterrows())
     without = " (accuracy unknown)" if pd.isna(rows.accuracy[chosen]) else " and no less accurate"
-    return [f"Faster than {chosen}{without}: {named}. A smaller beta makes the rule take larger blocks."]
+    larger = " A smaller beta makes the rule take larger blocks." if chosen == "rule" else ""
+    return [f"Faster than {chosen}{without}: {named}.{larger}"]
 
 
 def _prediction(row: pd.Series) -> list[str]:

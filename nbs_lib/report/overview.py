@@ -5,6 +5,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from nbs_lib.report.claims import FAILS, Claims
+
 _LOOK = {"boxstyle": "round,pad=0.45", "edgecolor": "#555555"}
 _FILL = {"given": "#eeeeee", "decides": "#fff6df", "works": "#e6f0f8", "result": "#e4f3e6"}
 _ARROW = {"arrowstyle": "-|>", "color": "#555555", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
@@ -31,6 +33,31 @@ def schemes(mapping) -> str:
     counts = pd.Series([str(choice.scheme) for choice in mapping.values()], dtype=object).value_counts()
     lines = [f"{count} x {scheme}" for scheme, count in counts.head(4).items()]
     return "\n".join(lines + ([f"{counts[4:].sum()} x others"] if len(counts) > 4 else []))
+
+
+def provenance(rows: pd.DataFrame, started: str) -> str:
+    """How many measured rows are newer than `started`, a time as in their column `utc`: "all 512 settings cached"."""
+    new = int((pd.to_datetime(rows.utc, utc=True) >= pd.Timestamp(started)).sum())
+    if not new or new == len(rows):
+        return f"all {len(rows)} settings {'measured now' if new else 'cached'}"
+    return f"{new} of {len(rows)} settings measured now, the others cached"
+
+
+def evaluated(rows: pd.DataFrame, names: dict[str, str]) -> str:
+    """How many mappings each strategy has evaluated, over its seeds: "search: 10, exact solver: 2..4, rule: 1"."""
+    counts = rows.groupby(["strategy", "seed"]).size().groupby("strategy").agg(["min", "max"])
+    counts = {name: counts.loc[strategy] for strategy, name in names.items() if strategy in counts.index}
+    return ", ".join(f"{name}: {'..'.join(map(str, sorted({c['min'], c['max']})))}" for name, c in counts.items())
+
+
+def judge_difference(claims: Claims, key: str, mean: float, low: float, high: float, how: str) -> str:
+    """Answer a claim that a difference of rewards is at least 0: it holds where its interval lies above 0. Ties, and
+    an interval that reaches 0, do not make it hold. Returns the verdict."""
+    if low > 0:
+        return claims.check(key, mean, how)
+    told = "the interval lies below 0" if high < 0 else "no difference found"
+    claims.answers[key] = (float(f"{mean:.6g}"), FAILS, f"{told}; {how}")
+    return FAILS
 
 
 def flow(search: dict[str, str], rule: dict[str, str]) -> plt.Figure:

@@ -15,8 +15,8 @@ _ASK = {"boxstyle": "round4,pad=0.5", "facecolor": "#fff6df", "edgecolor": "#555
 
 
 def passing(mappings: dict[tuple[str, str], Mapping]) -> pd.DataFrame:
-    """One row per layer of every {(network, task): mapping}. Columns: network, task, layer, number (its place in the
-    network), branch (of BRANCHES), scheme (text), rate, macs, share (of the network's MACs, %), ratio, beta, reason."""
+    """One row per layer of every {(network, task): mapping}. Columns: network, task, layer, kind, number (its place in
+    the network), branch (of BRANCHES), scheme (text), rate, macs, share (% of the MACs), ratio, beta, reason."""
     rows = []
     for (network, task), mapping in mappings.items():
         facts = pd.DataFrame(mapping.layers).reindex(columns=["layer", "kind", "shape", "ratio", "beta"])
@@ -26,8 +26,8 @@ def passing(mappings: dict[tuple[str, str], Mapping]) -> pd.DataFrame:
         table["branch"] = np.select(places, ["unpruned", "FC", "3x3 CONV"], "1x1 and other CONV")
         table["share"] = 100 * table["macs"] / table["macs"].sum()
         rows.append(table.assign(network=network, task=task, number=range(1, len(table) + 1)))
-    columns = ["network", "task", "layer", "number", "branch", "scheme", "rate", "macs", "share", "ratio", "beta"]
-    return pd.concat(rows, ignore_index=True)[[*columns, "reason"]]
+    columns = "network task layer kind number branch scheme rate macs share ratio beta reason"
+    return pd.concat(rows, ignore_index=True)[columns.split()]
 
 
 def flow(layers: pd.DataFrame, ax: plt.Axes | None = None) -> plt.Axes:
