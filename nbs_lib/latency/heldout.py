@@ -51,12 +51,11 @@ def check(
     mappings: int = 12,
     seed: int = 0,
     progress: bool = True,
-    **columns,
 ) -> pd.DataFrame:
     """Predict and measure `mappings` random mappings of every network {name: (model, example inputs)}.
 
     One row each: network, mapping (its number), predicted_ms (NaN where the model refused; `refusal` says why),
-    measured_ms, mad_ms, rate. A copy of the model is pruned, by magnitude. columns: further ones, alike in all rows."""
+    measured_ms, mad_ms, rate. A copy of the model is pruned, by magnitude."""
     rows = []
     numbers = [(name, number) for name in networks for number in range(mappings)]
     for name, number in tqdm(numbers, "Held-out mappings", disable=not progress):
@@ -73,7 +72,7 @@ def check(
         net = compile(pruned, inputs, latency_model.threads, tuning=False)
         measured = measure(net, latency_model.device, adaptive=True).iloc[0]
         row |= {"measured_ms": measured.median_ms, "mad_ms": measured.mad_ms, "rate": net.graph.rates().conv}
-        rows.append(row | columns)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -16,7 +16,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from nbs_lib import __version__
 from nbs_lib.latency import building
-from nbs_lib.latency.settings import LAYERS, TestModel
+from nbs_lib.latency.settings import LAYERS, WEIGHTED, TestModel
 from nbs_lib.latency.work import SIMPLE, NoData, Work, layer_works, move, network_works, pool
 from nbs_lib.layers import Graph, LayerSpec
 from nbs_lib.measure import DEVICES, schema
@@ -24,7 +24,6 @@ from nbs_lib.paths import write_atomic
 from nbs_lib.schemes import Choice
 
 FORMAT = 1
-LEARNT = ("conv", "depthwise", "linear")  # kinds whose times are corrected by what is learnt from their rows
 # How far beyond the measured settings a feature may lie: log2, so a factor of 4; of 32 in fully connected layers, whose
 # weights come from memory at one speed from some megabytes on, and VGG-16's would take gigabytes ten times over.
 REACH = {"conv": 2.0, "depthwise": 2.0, "linear": 5.0}
@@ -182,7 +181,7 @@ class LatencyModel:
         simple = [n for n, row in enumerate(works) if all(work.kind in SIMPLE for work, _ in row)]
         self.curves = {}
         self.parts = _fit_simple([works[n] for n in simple], total[simple])
-        for kind in LEARNT:
+        for kind in WEIGHTED:
             own = [
                 n for n, row in enumerate(works) if settings[n].stride == 1 and kind in {work.kind for work, _ in row}
             ]
@@ -202,7 +201,7 @@ class LatencyModel:
             mine = [(work, count) for work, count in row if work.kind not in SIMPLE]
             if n in simple or settings[n].stride == 1 or not mine:
                 continue
-            with contextlib.suppress(NoData, KeyError):
+            with contextlib.suppress(NoData):
                 ms = self._times([work for work, _ in mine])[0]
                 known[n] = ms @ [count for _, count in mine]
                 if known[n] < 0.8 * total[n]:
@@ -234,28 +233,26 @@ def _fit_simple(rows: list[list[tuple[Work, float]]], ms: np.ndarray) -> dict[st
 
 def row_works(setting: TestModel) -> list[tuple[Work, float]]:
     """What a run of a test model consists of: (step, how often)."""
-    P, H, s = setting.P, setting.H, setting.stride
-    image, call = 4.0 * P * (H * s) ** 2, (Work("call", "call", (1.0,)), 1)
-    end = move("copy", 8.0 * P * setting.maps[-1] ** 2)
+    P, layers, call = setting.P, setting.layers(), (Work("call", "call", (1.0,)), 1)
+    into, last = (layers[0].Q * layers[0].groups, layers[-1].P) if layers else (P, P)
+    image = 4.0 * into * (setting.H * setting.stride) ** 2  # bytes
+    start, end = (move("copy", 2 * image), 1), (move("copy", 8.0 * last * setting.maps[-1] ** 2), 1)
     if setting.kind == "pointwise":
         step = Work("pointwise", "affine", (2 * image, 1.0))
-        return [call, (move("copy", 2 * image), 1), (step, LAYERS), (end, 1)]
+        return [call, start, (step, LAYERS), end]
     if setting.kind == "pytorch":
         return [call, (Work("pytorch", "move", (image, 1.0)), LAYERS)]
     if setting.kind == "global_avg":
         result = move("copy", 8.0 * P)
-        return [call, (move("copy", 2 * image), LAYERS), (pool("mean", P, 0.0, image), LAYERS), (result, LAYERS)]
+        return [call, *((step, LAYERS) for step in (start[0], pool("mean", P, 0.0, image), result))]
     if setting.kind == "max_pool2d":
         pools = [(pool("max_pool2d", float(P * size**2), 4.0, 0.0), 1) for size in setting.maps]
-        return [call, (move("copy", 2 * image), 1), *pools, (end, 1)]
-    layers = setting.layers()
+        return [call, start, *pools, end]
     counts = Counter((layer.P, layer.Q, layer.H) for layer in layers)
     first = {(layer.P, layer.Q, layer.H): layer for layer in layers}
     works = [(work, count) for key, count in counts.items() for work in layer_works(first[key], setting.choice, LAYERS)]
-    image = 4.0 * layers[0].Q * layers[0].groups * (H * s) ** 2
-    copied = [] if works[0][0].kind == "phases" else [(move("copy", 2 * image), 1)]  # phases are cut from the input
-    end = move("copy", 8.0 * layers[-1].P * setting.maps[-1] ** 2)
-    return [call, *copied, *works, (end, 1)]
+    copied = [] if works[0][0].kind == "phases" else [start]  # phases are cut from the input
+    return [call, *copied, *works, end]
 
 
 def _name(work: Work) -> str:

@@ -6,7 +6,6 @@ spend most of their time on ten inputs from far memory and ten results to hand o
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from nbs_lib.measure.testnets import cascade, linear_cascade, prune_evenly
 from nbs_lib.schemes import Choice, Scheme, parse
 
 LAYERS = 10
+WEIGHTED = ("conv", "depthwise", "linear")  # kinds of layers; all else only moves, pools or scales
 CHANNELS = (16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 576, 768, 960, 1024, 1280, 2048)
 MAPS = (2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 112)
 RATES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
@@ -78,7 +78,7 @@ class TestModel:
 
     @property
     def kind(self) -> str:
-        """ "conv", "depthwise", "linear", "pointwise", "max_pool2d" or "global_avg"."""
+        """One of WEIGHTED, or the family's own name."""
         return self.family.split(" ")[0] if not self.family[0].isdigit() and "stem" not in self.family else "conv"
 
     def layer(self, P: int, Q: int, H: int) -> LayerSpec:
@@ -91,12 +91,10 @@ class TestModel:
 
     def layers(self) -> list[LayerSpec]:
         """All of them, in order; [] for a model without weights."""
-        if self.kind not in ("conv", "depthwise", "linear"):
+        if self.kind not in WEIGHTED:
             return []
-        ends = [
-            (self.P, self.Q),
-            (self.P, self.Q) if self.P == self.Q or self.kind == "depthwise" else (self.Q, self.P),
-        ]
+        there = (self.P, self.Q)
+        ends = [there, there if self.kind == "depthwise" else there[::-1]]
         return [self.layer(*ends[number % 2], H) for number, H in enumerate(self.maps)]
 
     def columns(self) -> dict:
@@ -118,7 +116,7 @@ class TestModel:
 
     def network(self, threads: int = 1, seed: int = 0) -> Network:
         """The pruned test model, compiled: `testnets.cascade` in eval mode, its weights drawn anew at these sizes."""
-        if self.stride > 1 or self.kind not in ("conv", "depthwise", "linear"):
+        if self.stride > 1 or self.kind not in WEIGHTED:
             model, inputs = _apart(self, seed)
             return Network(trace(model, inputs), inputs, threads)
         template, inputs = _traced(self.family, self.P == self.Q)
@@ -220,21 +218,20 @@ def _draw(family: str, count: int) -> list[TestModel]:
     """Distinct settings of one family."""
     _, kernel, stride, channels, maps, schemes = FAMILIES[family]
     points, found = qmc.Halton(4, seed=len(family)).random(64 * count + 64), {}
-    cycle = accumulate([1] * len(points), initial=0)
-    for (p, q, h, r), turn in zip(points, cycle, strict=False):
+    for turn, (p, q, h, r) in enumerate(points):
         scheme = schemes[len(found) % len(schemes)]
         p, q = (at ** (0.6 if kernel == 3 else 0.9) for at in (p, q))  # wide layers hold most of a network's work
         P, Q = (_near(CHANNELS if kernel else (*CHANNELS, 3072, 4096), *channels, at) for at in (p, q))
-        if turn % 3 or "depthwise" in family or stride > 1:  # most layers feed their likes
+        if turn % 3 or stride > 1:  # most layers feed their likes
             Q = P
-        if family.startswith("stem"):
-            Q = 3
+        if family.startswith(("stem", "depthwise")):
+            Q = 3 if family.startswith("stem") else 1
         h = min(max(1.1 - p + 0.9 * (h - 0.5), 0.0), 1.0)  # as in networks, the more channels the smaller the map
         H = 1 if family == "linear" else _near((*MAPS, 224), *maps, h)
         rate = 1.0 if scheme == "dense" else RATES[int(r * len(RATES))]
         rate = max(rate, 2.25) if scheme == "pattern(8)" else rate
-        model = TestModel(family, P, 1 if "depthwise" in family else Q, H, scheme, rate)
-        weights = LAYERS * P * (1 if "depthwise" in family else Q) * max(kernel, 1) ** 2
+        model = TestModel(family, P, Q, H, scheme, rate)
+        weights = LAYERS * P * Q * max(kernel, 1) ** 2
         if weights / rate * H * H > MOST_GMACS * 1e9 or weights > MOST_WEIGHTS * (4 if family == "linear" else 1):
             continue
         least = SMALL_MACS if turn % 5 else SMALL_MACS / 20  # layers that matter, and some small ones

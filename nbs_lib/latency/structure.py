@@ -41,7 +41,6 @@ def dead_share(choice: Choice, P: int, Q: int, taps: int) -> float:
     return (1 - 1 / rate) ** groups
 
 
-@lru_cache(maxsize=4096)
 def _mask(scheme: Scheme, rate: float, P: int, Q: int, kernel: tuple[int, ...] = ()) -> tuple[np.ndarray, float]:
     """The mask of a random weight cut down to a sample (P', Q', *kernel), and what its kept share is to be scaled by to
     meet the rate: a sample of few groups may miss it."""

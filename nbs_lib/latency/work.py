@@ -1,7 +1,7 @@
 """What every step of a network has to do, in numbers the latency model knows: a plan of it, never compiled."""
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 
@@ -26,8 +26,8 @@ class NoData(LookupError):
 
 @dataclass(frozen=True)
 class Work:
-    """One step. `terms`: what its time is a sum of, in `physics` order of its kind; `features`: what the correction
-    knows, logarithms. kind: "conv", "depthwise", "linear", whose rows teach a correction, and `SIMPLE`."""
+    """One step. `terms`: what its time is a sum of, in the same order for all of a kind; `features`: what the
+    correction knows, log2. kind: "conv", "depthwise", "linear", whose rows teach a correction, or one of `SIMPLE`."""
 
     kind: str
     name: str  # the layer's, or the operator's
@@ -53,8 +53,11 @@ def conv(layer: LayerSpec, choice: Choice | None, vectors: int, row: int, extra:
 
 
 def depthwise(layer: LayerSpec, vectors: int, row: int, extra: int = 0, images: int = 1) -> Work:
-    """A depthwise convolution, always dense."""
-    taps, stride = layer.Kh * layer.Kw, layer.stride[0]
+    """A depthwise convolution, always dense: over `vectors` registers as `conv`, or, where it strides by itself, row by
+    row. What has been split into phases runs at stride 1."""
+    taps, stride = layer.Kh * layer.Kw, 1 if split_by_phase(layer) else layer.stride[0]
+    if stride > 1:
+        vectors = layer.H * -(-layer.W // jit.width())
     plane = layer.H * row * 4
     moved = plane * layer.P * images * (1 + extra + stride**2)
     features = (layer.P, vectors, plane, taps)
@@ -75,28 +78,11 @@ def linear(layer: LayerSpec, choice: Choice | None, images: int = 1, chain: int 
     return Work("linear", layer.name, terms, _logs(features), choice)
 
 
-MOVES = (
-    "slice",
-    "constant_pad_nd",
-    "pad",
-    "permute",
-    "transpose",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "reshape",
-)
-SIMPLE = {
-    "pytorch": 2,
-    "call": 1,
-    "copy": 2,
-    "phases": 2,
-    "result": 2,
-    "pool": 3,
-    "pointwise": 2,
-    "strided depthwise": 5,
-}  # terms
+# What PyTorch only moves, and the kinds of steps that have their terms alone: how many.
+MOVES = {
+    "slice", "select", "pad", "constant_pad_nd", "permute", "transpose", "unsqueeze", "squeeze", "expand", "reshape"
+}  # fmt: skip
+SIMPLE = {"pytorch": 2, "call": 1, "copy": 2, "phases": 2, "pool": 3, "pointwise": 2, "strided depthwise": 5}
 
 
 def move(kind: str, size: float, launches: int = 1, name: str = "") -> Work:
@@ -111,24 +97,17 @@ def pool(name: str, outputs: float, window: float, image: float) -> Work:
 
 def layer_works(layer: LayerSpec, choice: Choice | None, chain: int = 0) -> list[Work]:
     """The steps of one layer alone: its padding keeps rows apart; a stride adds phases. chain: of that many alike."""
-    width = jit.width()
     if layer.kind == "linear":
         return [linear(layer, choice, max(layer.positions, 1), chain)]
-    pad = max(layer.padding[2:], default=0) if layer.stride == (1, 1) else 0
-    row = layer.W + pad
-    if not split_by_phase(layer):
-        vectors = _vectors(layer.H, row, layer.W, width)
-        if layer.kind == "depthwise":
-            rowwise = layer.stride != (1, 1)
-            return [depthwise(layer, layer.H * -(-layer.W // width) if rowwise else vectors, row)]
-        return [conv(layer, choice, vectors, row)]
-    row = layer.W + (layer.Kw - 1) * layer.dilation[1] // layer.stride[1]
-    height = layer.H + (layer.Kh - 1) * layer.dilation[0] // layer.stride[0]
-    vectors = _vectors(layer.H, row, layer.W, width)
-    channels = layer.Q * layer.groups
-    split = move("phases", 8.0 * height * row * channels * len(phases(layer)), len(phases(layer)))
-    inner = depthwise(replace(layer, stride=(1, 1)), vectors, row) if layer.kind == "depthwise" else None
-    return [split, inner or conv(layer, choice, vectors, row)]
+    row, works = layer.W + (max(layer.padding[2:]) if layer.stride == (1, 1) else 0), []
+    if split_by_phase(layer):
+        row = layer.W + (layer.Kw - 1) * layer.dilation[1] // layer.stride[1]
+        height = layer.H + (layer.Kh - 1) * layer.dilation[0] // layer.stride[0]
+        parts = len(phases(layer))
+        works.append(move("phases", 8.0 * height * row * layer.Q * layer.groups * parts, parts))
+    vectors = -(-((layer.H - 1) * row + layer.W) // jit.width())  # as Planar.fix
+    computed = depthwise(layer, vectors, row) if layer.kind == "depthwise" else conv(layer, choice, vectors, row)
+    return [*works, computed]
 
 
 def network_works(graph: Graph, mapping: dict[str, Choice], threads: int = 1) -> list[Work]:
@@ -140,9 +119,7 @@ def network_works(graph: Graph, mapping: dict[str, Choice], threads: int = 1) ->
     plan = Planner(graph, threads, Fixed())
     for value in plan.values:
         value.fix()
-    works, nodes = [], {node.name: node for node in graph.nodes}
-    for step in plan.steps:
-        works.append(_step(step, graph, mapping))
+    works, nodes = [_step(step, graph, mapping) for step in plan.steps], {node.name: node for node in graph.nodes}
     for name in graph.outputs:
         if name not in plan.objects:
             size = 4 * float(np.prod(nodes[name].shape))
@@ -160,11 +137,8 @@ def _step(step, graph: Graph, mapping: dict[str, Choice]) -> Work:
     if step.chosen == "torch":
         raise NoData(f"Expected operators of compiled steps. Got {node.op} at {node.module or node.name}: PyTorch's.")
     if step.kernel in ("copy", "phases"):
-        layer = graph.layers.get(node.layer)
-        split = step.kernel == "phases"
-        launches = len(phases(layer)) if split else 1
-        size = 2 * sizes[-1]
-        return move("phases" if split else "copy", size, launches)
+        launches = len(phases(graph.layers[node.layer])) if step.kernel == "phases" else 1
+        return move(step.kernel, 2 * sizes[-1], launches)
     if node.op == "cat":
         return move("copy", sum(sizes), len(reads), "cat")
     if node.op == "linear":
@@ -172,19 +146,14 @@ def _step(step, graph: Graph, mapping: dict[str, Choice]) -> Work:
     out = writes[0]
     if node.op == "conv2d":
         layer, extra = graph.layers[node.layer], len(reads) - 1
-        if layer.kind == "depthwise":
-            rowwise = layer.stride != (1, 1) and not split_by_phase(layer)
-            vectors = layer.H * -(-layer.W // out.width) if rowwise else out.vectors
-            return depthwise(layer, vectors, out.row, extra, out.images)
-        return conv(layer, mapping.get(name), out.vectors, out.row, extra, out.images)
+        place = (out.vectors, out.row, extra, out.images)
+        return depthwise(layer, *place) if layer.kind == "depthwise" else conv(layer, mapping.get(name), *place)
     if isinstance(out, Flat) or "pool" in node.op or node.op == "global_avg":
         outputs = float(np.prod(node.shape))
         if isinstance(out, Flat):
             return pool(node.op, outputs, 0.0, sizes[0])
-        kernel = node.attrs.get("kernel") or [
-            x / y for x, y in zip((reads[0].H, reads[0].W), (out.H, out.W), strict=True)
-        ]
-        return pool(node.op, outputs, float(np.prod(kernel)), 0.0)
+        window = node.attrs.get("kernel") or (reads[0].H / out.H, reads[0].W / out.W)
+        return pool(node.op, outputs, float(np.prod(window)), 0.0)
     return Work("pointwise", node.op, (sum(sizes), 1.0))
 
 
@@ -217,8 +186,5 @@ def _plane_cycles(vectors: int, rows: int) -> float:
     return sum(count * tile_cycles(size, rows) for size, count, _ in cut(vectors, rows))
 
 
-def _vectors(H: int, row: int, W: int, width: int) -> int:
-    return -(-((H - 1) * row + W) // width)
-
-
-_logs = partial(lambda values: tuple(np.log2(np.asarray(values, float)).tolist()))
+def _logs(values: tuple) -> tuple[float, ...]:
+    return tuple(np.log2(np.asarray(values, float)).tolist())

@@ -220,12 +220,12 @@ class Evaluator:
             for key in keys["train"]:
                 seed = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4]) >> 1
                 work = (self.payload, mappings[key], self.epochs, seed, self.train_threads, self.options)
-                training[future := self.executor.submit(retrained, *work)] = key
-                self._gather({future: key} if future.done() else {})
+                training[self.executor.submit(retrained, *work)] = key
+                self._gather(training, wait=False)
             ready = []
             for key in keys["time"]:
                 ready.append((key, mappings[key], *self._compiled(mappings[key])))
-                self._gather({future: name for future, name in training.items() if future.done()})
+                self._gather(training, wait=False)
             works = [lambda: self._measure(ready, training), lambda: self._gather(training)]
             for work in works if self._beside(len(training)) else reversed(works):
                 work()
@@ -235,8 +235,9 @@ class Evaluator:
         rows = [{"mapping": mappings[key], "id": key} | found[key] for key in map(mapping_id, batch)]
         return [row | {"reward": row["accuracy"] - self.weight * row["ms"] / self.dense_ms} for row in rows]
 
-    def _gather(self, training: dict[Future, str]) -> None:
-        for future in as_completed(training):  # kept one by one: a kill costs what runs, not what is done
+    def _gather(self, training: dict[Future, str], wait: bool = True) -> None:
+        """Keep what is done, one by one, so that a kill costs what runs; and, with `wait`, all that is to come."""
+        for future in as_completed(training) if wait else [future for future in training if future.done()]:
             if "accuracy" not in self.known["candidates"][training[future]]:
                 self._keep(training[future], future.result())
 

@@ -3,13 +3,11 @@
 Times come from the latency model, drops from `mapping/drops.py`; both objectives are sums over the layers.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 
 from nbs_lib.mapping.drops import Drops, check_layers, energy_drops, total_drop
-from nbs_lib.mapping.rule import BETA, BLOCKS, layer_choices, layer_times, rule_mapping
+from nbs_lib.mapping.rule import BETA, layer_choices, layer_times, rule_mapping
 from nbs_lib.mapping.table import Mapping, candidates
 
 POINTS = 10_000  # ours: at 50 layers the budget is then spent to within 0.5 %
@@ -85,24 +83,22 @@ def rule_against_exact(
     graph,
     latency_model,
     beta: float | dict[str, float] = BETA,
-    task: str = "easy",
-    rate: float = 8.0,
-    ignored_layers: Iterable[str] = (),
-    blocks: Iterable[tuple[int, int]] = BLOCKS,
     drops: Drops | None = None,
     dense: bool = False,
+    **choices,
 ) -> tuple[pd.DataFrame, dict[str, Mapping]]:
     """How near the rule comes to the fastest mapping at its own predicted accuracy, and the mappings by name.
 
-    Both choose for each layer out of the same `layer_choices` at the same rate; the exact solver may spend the rule's
-    sum of drops anew. drops: of all these choices, by default `energy_drops`, the proxy. dense: the solver may also
-    leave layers dense, which the rule never does; the mapping's rate is then a lower one.
+    Both choose for each layer out of the same `layer_choices`, whose arguments (task, rate, ...) are `choices`; the
+    exact solver may spend the rule's sum of drops anew. drops: of all these choices, by default `energy_drops`, the
+    proxy. dense: the solver may also leave layers dense, which the rule never does; the mapping's rate is then a lower
+    one.
 
     The table's rows: dense, rule, exact, and "fastest", the exact one without a budget. Columns: ms (of the network, as
     predicted), layers_ms (of the layers that have a choice, alone), drop, mapped (layers), and ms and layers_ms over
     those of exact (ratio, layers_ratio)."""
-    rule = rule_mapping(graph, latency_model, beta, task, rate, ignored_layers, blocks)
-    options, _ = layer_choices(graph, rate, task, ignored_layers, blocks)
+    rule = rule_mapping(graph, latency_model, beta, **choices)
+    options, _ = layer_choices(graph, **choices)
     options = {layer: [*listed, None] if dense else listed for layer, listed in options.items()}
     drops = energy_drops(graph, options) if drops is None else drops
     drops = {layer: {choice: drops[layer][choice] for choice in listed} for layer, listed in options.items()}

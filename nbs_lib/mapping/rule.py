@@ -9,7 +9,7 @@ from numbers import Real
 
 import numpy as np
 
-from nbs_lib.mapping.table import Mapping, candidates
+from nbs_lib.mapping.table import Mapping, candidates, fits
 from nbs_lib.schemes import Block, BlockPunched, Channel, Choice, Filter, Pattern, check_rate
 
 BETA = 0.2  # mapping 6.1
@@ -80,12 +80,8 @@ def layer_choices(
         if isinstance(scheme, Pattern):
             options[layer.name] = [Choice(scheme, max(rate, scheme.min_rate))]
             continue
-        punched = isinstance(scheme, BlockPunched)
-        listed = [
-            Choice(type(scheme)(p, q), rate)
-            for p, q in sizes
-            if p <= layer.P // layer.groups and q <= layer.Q and (not punched or p * q * rate <= layer.params)
-        ]
+        least = rate if isinstance(scheme, BlockPunched) else 1.0
+        listed = [Choice(type(scheme)(p, q), rate) for p, q in sizes if fits(type(scheme)(p, q), layer, least)]
         if listed:
             options[layer.name] = listed
         else:

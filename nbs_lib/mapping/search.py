@@ -12,7 +12,7 @@ from nbs_lib.mapping.evaluate import Evaluator, Schemes, mapping_id
 from nbs_lib.mapping.live import Watch
 from nbs_lib.mapping.policy import STRATEGIES, states
 from nbs_lib.mapping.rule import BLOCKS
-from nbs_lib.mapping.table import Mapping, candidates
+from nbs_lib.mapping.table import Mapping, candidates, fits
 from nbs_lib.schemes import Block, BlockPunched, Channel, Filter, Pattern, Scheme
 
 SCHEMES = (Filter(), Channel(), Pattern(8), *(kind(p, q) for kind in (Block, BlockPunched) for p, q in BLOCKS))
@@ -27,12 +27,10 @@ def legal_schemes(graph, schemes: Iterable[Scheme] = SCHEMES, ignored_layers=(),
     rate. Raises as `uniform_mapping` for ignored layers and what is no scheme."""
     schemes = tuple(dict.fromkeys(schemes))
     mapped, _ = candidates(graph, schemes, schemes, ignored_layers)
-
-    def fits(scheme: Scheme, layer) -> bool:
-        p, q = getattr(scheme, "p", 1), getattr(scheme, "q", 1)
-        return scheme.legal(layer)[0] and p <= layer.P // layer.groups and q <= layer.Q and p * q * rate <= layer.params
-
-    return {n: [s for s in schemes if n in mapped and fits(s, layer)] for n, layer in graph.layers.items()}
+    return {
+        name: [s for s in schemes if name in mapped and s.legal(layer)[0] and fits(s, layer, rate)]
+        for name, layer in graph.layers.items()
+    }
 
 
 class Search:

@@ -70,6 +70,13 @@ def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict
     return schemes, rows
 
 
+def fits(scheme: Scheme, layer, rate: float = 1.0) -> bool:
+    """Whether the scheme's block is no larger than the layer (of a convolution group), and one of it, at one place of
+    the kernel, is left at the rate. What has no blocks always fits as one of 1 x 1."""
+    p, q = getattr(scheme, "p", 1), getattr(scheme, "q", 1)
+    return p <= layer.P // layer.groups and q <= layer.Q and p * q * rate <= layer.params
+
+
 def _listed(given: Scheme | list[Scheme] | tuple[Scheme, ...] | None) -> tuple[Scheme, ...]:
     schemes = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
     if not all(isinstance(scheme, Scheme) for scheme in schemes):
