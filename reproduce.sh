@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The two commands. Both set everything up on first use; a second run installs nothing.
+# The commands. Each sets everything up on first use; a second run installs nothing.
 #   ./reproduce.sh [options]            every notebook, headless, then results/<profile>/index.html (--help: options)
 #   ./reproduce.sh test [pytest args]   the test suite
+#   ./reproduce.sh peers [options]      other engines beside ours, each in an environment of its own (--help: options)
 # The environment is .venv in this checkout, pinned by constraints.txt, or an active conda environment that was made
 # from environment.yml. PYTHON=/path/to/python chooses the interpreter .venv is made with.
 set -euo pipefail
@@ -74,9 +75,10 @@ set_up() {
     rm -f "$unfinished" "$log"
 }
 
-kind=main
-if [[ ${1:-} == "test" ]]; then
-    kind="test"
+kind=main command=notebooks
+if [[ ${1:-} == "test" || ${1:-} == "peers" ]]; then
+    command=$1
+    if [[ $1 == "test" ]]; then kind="test"; fi
     shift
 fi
 python=$PWD/.venv/bin/python
@@ -94,5 +96,6 @@ if [[ $python == "$PWD/.venv/bin/python" ]]; then
     ) 9>.venv.lock
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # a conda environment need not have nbs_lib installed
-if [[ $kind == test ]]; then exec "$python" -m pytest -q -n 2 --dist worksteal "$@"; fi # mostly compiling
+if [[ $command == peers ]]; then exec "$python" -m benchmarks.peers "$@"; fi
+if [[ $command == test ]]; then exec "$python" -m pytest -q -n 2 --dist worksteal "$@"; fi # mostly compiling
 exec "$python" notebooks/reproduce.py "$@"

@@ -3,28 +3,21 @@
     python benchmarks/networks.py                                  # all four, one thread, against PyTorch, ONNX Runtime
     python benchmarks/networks.py --networks resnet18 --threads 2  # and our two threads against our one
     python benchmarks/networks.py --mapping paper                  # the papers' rate and their remaining MACs
-    python benchmarks/networks.py --engines ncnn mnn openvino deepsparse  # and these, each in a process of its own
 
 Random weights: latency does not need trained ones. Prints one row per engine: median ms, the ratio to ours with its
 bootstrap interval, the reached CONV-weight rate (void if more than 3 % above nominal), MACs through PyTorch, and the
-share of the FMA peak probed in the same run. Then a line per network: the fastest dense peer over ours.
+share of the FMA peak probed in the same run. Then a line per network: the fastest dense peer over ours. All run in this
+process: every other engine stands beside ours in `./reproduce.sh peers`.
 
---engines: engines of `engines.py`, each on its first use installed into an environment of its own (that needs a package
-index; afterwards nothing does). All run the dense network; DeepSparse also the pruned one, the row "deepsparse,
-pruned". Their times are what their process took around its own calls; `idle_ms` is the CPU time that it burnt after
-each sample, while others ran. An engine that cannot be installed, crashes, hangs or differs from PyTorch by more than
-1e-3 of the largest output leaves a row with its `error`. --peers: those within this process; `--peers` alone: none.
---rounds: one sample per engine each. --csv FILE: also write the rows there.
+--peers: dense engines; `--peers` alone: none. --rounds: one sample per engine each. --csv FILE: write the rows there.
 """
 
 import argparse
-import contextlib
 import functools
 
 import numpy as np
 import pandas as pd
 import torch
-from engines import REQUIREMENTS, EngineFailed, Worker, alternate, export, here
 
 import nbs_lib as nbs
 from nbs_lib import clock
@@ -48,43 +41,28 @@ def output(model: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
         return model(x).numpy()
 
 
-def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engines: list[str], dense: bool):
+def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], dense: bool):
     torch.manual_seed(0)
     model, x = build(name).eval(), torch.randn(1, 3, 224, 224)
     array, mapping = x.numpy(), mapping_of(nbs.trace(model, x), name, kind)
-    samplers, workers, versions, errors = {}, {}, {}, {}
-    with clock.pin(threads), contextlib.ExitStack() as closing:
+    engines, versions = {}, {}
+    with clock.pin(threads):
         for peer in peers:
             engine = PEERS[peer](model, x, threads)
-            versions[peer], samplers[peer] = engine.version, here(functools.partial(engine, array))
+            versions[peer], engines[peer] = engine.version, functools.partial(engine, array)
         if dense:
-            samplers["ours, dense"] = here(functools.partial(nbs.compile(model, x, threads=threads), array))
-
-        def start(label: str, engine: str, onnx: bytes, wanted: np.ndarray) -> None:
-            try:
-                worker = Worker(engine, onnx, array, wanted, threads)
-                closing.callback(worker.close)
-                workers[label], versions[label], samplers[label] = worker, worker.version, worker.sample
-            except EngineFailed as error:
-                errors[label] = str(error)
-
-        onnx = export(model, x) if engines else b""
-        for label in engines:
-            start(label, label, onnx, output(model, x))
+            engines["ours, dense"] = functools.partial(nbs.compile(model, x, threads=threads), array)
         nbs.prune(model, mapping)
-        if "deepsparse" in engines:
-            start("deepsparse, pruned", "deepsparse", export(model, x), output(model, x))
         net = nbs.compile(model, x, threads=threads, mapping=mapping)
         wanted = output(model, x)
         error = float(np.abs(net(array) - wanted).max() / np.abs(wanted).max())
         if error > 1e-4:
             raise SystemExit(f"{name}: outputs differ by {error:.1e} of the largest. Nothing was timed.")
-        samplers["ours"] = here(functools.partial(net, array))
+        engines["ours"] = functools.partial(net, array)
         if threads > 1:
-            single = nbs.compile(model, x, threads=1, mapping=mapping)
-            samplers["ours, 1 thread"] = here(functools.partial(single, array))
+            engines["ours, 1 thread"] = functools.partial(nbs.compile(model, x, threads=1, mapping=mapping), array)
         peak = peak_gmacs()
-        comparison, failed = alternate(samplers, rounds)
+        comparison = clock.alternate(engines, rounds, settle=3)
         with clock.lock():
             steps_ms = np.median(net.times(array, runs=rounds), axis=0)
         peak = max(peak, peak_gmacs()) * threads
@@ -97,8 +75,6 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engin
         row = {"network": name, "engine": label, "version": versions.get(label, nbs.__version__)}
         row |= {"threads": 1 if "1 thread" in label else threads, "mapping": kind}
         row |= {"median_ms": timing.median_ms, "mad_ms": timing.mad_ms, "over_ours": ratio, "low": low, "high": high}
-        if label in workers:
-            row["idle_ms"] = workers[label].idle_ms / (rounds + 1)
         if label == "ours":
             row |= {"rate": RATES[name] if kind == "uniform" else REMAINING[name][0], "reached": net.graph.rates().conv}
             row |= {"effective_mmacs": done.sum(), "fallback_macs": net.fallback_macs, "kernels": net.functions}
@@ -107,23 +83,21 @@ def run(name: str, kind: str, threads: int, rounds: int, peers: list[str], engin
             row |= {"packed": size["packed"] / kept / 4, "index": size["index"] / kept / 4}
             row |= {"activation_mb": size["activations"] / 1e6}
         rows.append(row)
-    for label, text in (errors | failed).items():
-        rows.append({"network": name, "engine": label, "threads": threads, "mapping": kind, "error": text})
     return pd.DataFrame(rows)
 
 
 def verdict(table: pd.DataFrame) -> str:
-    """One network's rows in one line: the fastest dense peer and DeepSparse on the pruned weights, over ours."""
-    rows = table.dropna(subset="median_ms").set_index("engine")
-    dense = rows.drop(["ours", "ours, dense", "ours, 1 thread", "deepsparse, pruned"], errors="ignore")
-    ahead = {"fastest dense peer": dense["median_ms"].idxmin()} if len(dense) else {}
-    ahead |= {"on our weights": "deepsparse, pruned"} if "deepsparse, pruned" in rows.index else {}
-    parts = [
-        f"{what}: {label} {rows.median_ms[label]:.4g} ms, {rows.over_ours[label]:.2f} times ours "
-        f"[{rows.low[label]:.2f}, {rows.high[label]:.2f}]"
-        for what, label in ahead.items()
-    ]
-    return "; ".join([f"{table.network[0]}: ours {rows.median_ms['ours']:.4g} ms", *parts])
+    """One network's rows in one line: the fastest dense peer over ours."""
+    rows = table.set_index("engine")
+    dense, told = (
+        rows.drop(["ours", "ours, dense", "ours, 1 thread"], errors="ignore"),
+        f"ours {rows.median_ms['ours']:.4g} ms",
+    )
+    if len(dense):
+        best = dense.loc[dense["median_ms"].idxmin()]
+        told += f"; fastest dense peer: {best.name} {best.median_ms:.4g} ms, {best.over_ours:.2f} times ours "
+        told += f"[{best.low:.2f}, {best.high:.2f}]"
+    return f"{table.network[0]}: {told}"
 
 
 def main() -> None:
@@ -133,7 +107,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--engines", nargs="*", default=[], choices=list(REQUIREMENTS), help="in their own processes")
     parser.add_argument("--dense", action="store_true", help="our dense network, too")
     parser.add_argument("--csv", help="also write the rows there")
     args = parser.parse_args()
@@ -144,7 +117,7 @@ def main() -> None:
     if unknown:
         parser.error(f"the papers state remaining MACs for {', '.join(known)} only, not for {', '.join(unknown)}")
     for name in args.networks or known:
-        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers, args.engines, args.dense))
+        tables.append(run(name, args.mapping, args.threads, args.rounds, args.peers, args.dense))
         print(tables[-1].round(3).to_string(index=False, na_rep=""))
         print(verdict(tables[-1]) + "\n", flush=True)
     if args.csv:

@@ -32,8 +32,8 @@ def _agreed(values):
     return first if all(value == first for value in others) else None
 
 
-def _describe(target, inputs: tuple[np.ndarray, ...]) -> dict:
-    """Columns that say what runs, as far as the target tells."""
+def describe(target, inputs: tuple[np.ndarray, ...]) -> dict:
+    """Columns that say what runs, as far as the target tells (its `graph`, `mapping`, `threads`, MACs)."""
     row = {name: getattr(target, name, None) for name in ("macs", "effective_macs", "fallback_macs")}
     row |= {"threads": getattr(target, "threads", 1), "dtype": str(inputs[0].dtype), "batch": inputs[0].shape[0]}
     choices = (getattr(target, "mapping", None) or {}).values()
@@ -53,7 +53,7 @@ def _attempt(target, device, inputs, runs, warmup, adaptive=False) -> dict:
     """The row of one measurement; what fails leaves its error in it."""
     row = device.provenance(getattr(target, "engine", f"python {platform.python_version()}")) | host.stamp()
     try:
-        row |= _describe(target, inputs)
+        row |= describe(target, inputs)
         return row | device.run(target, inputs, runs, warmup, adaptive)
     except Exception as error:
         return row | {"ok": False, "error": f"{type(error).__name__}: {error}"}

@@ -70,3 +70,10 @@ def _measured_rules(row: dict) -> dict[str, bool]:
 
 MEASURED = Schema(COLUMNS, _measured_rules)
 make_row, frame = MEASURED.row, MEASURED.frame
+
+# Contenders that took turns: those with the same `turns` did so together. `settings`: JSON, what an engine says of
+# itself; `difference` from PyTorch's output, over its largest; `ratio`: our dense median ms / this one's (> 1: faster).
+_TURNS = ("difference", "idle_ms", "ratio", "ratio_lo", "ratio_hi")
+_TURNS = {"turns": "str", "settings": "str"} | dict.fromkeys(_TURNS, "float64")
+_END = {name: COLUMNS[name] for name in ("ok", "error")}
+CONTENDED = Schema({n: kind for n, kind in COLUMNS.items() if n not in _END} | _TURNS | _END, _measured_rules)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 
 import safetensors.torch
 import torch
@@ -20,9 +19,11 @@ from nbs_lib.models.mobilenet import mobilenet_v2_cifar  # noqa: E402
 from nbs_lib.models.mobilenet_v1 import mobilenet_v1  # noqa: E402
 from nbs_lib.models.resnet import resnet18_cifar, resnet20, resnet32, resnet50_cifar, resnet56  # noqa: E402
 from nbs_lib.models.vgg import vgg16_cifar  # noqa: E402
+from nbs_lib.paths import reading  # noqa: E402
 
 CIFAR = (vgg16_cifar, resnet18_cifar, resnet50_cifar, mobilenet_v2_cifar, resnet20, resnet32, resnet56)
 IMAGENET = (imagenet.vgg16, imagenet.vgg16_bn, imagenet.resnet18, imagenet.resnet50, imagenet.mobilenet_v2)
+IMAGENET += (imagenet.mobilenet_v3_large, imagenet.efficientnet_b0, imagenet.mnasnet1_0)
 MODELS: dict[str, Callable[..., nn.Module]] = {make.__name__: make for make in (*CIFAR, *IMAGENET, mobilenet_v1)}
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net")  # where training checkpoints keep the weights
@@ -44,17 +45,13 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     the prefixes that wrappers put before names ("module.", "_orig_mod.").
 
     Returns the model. Raises FileNotFoundError, and ValueError naming the file where it holds other weights."""
-    path = Path(path).expanduser()
-    try:
+    if not (path := Path(path).expanduser()).exists():
+        raise FileNotFoundError(f"Expected a checkpoint. Got {path}, which is not there.")
+    with reading(path, f"a checkpoint of {type(model).__name__}"):
         read = safetensors.torch.load_file if path.suffix == ".safetensors" else partial(torch.load, weights_only=True)
         state = read(path, "cpu")
         while held := next((state[key] for key in HOLDERS if isinstance(state.get(key), dict)), None):
             state = held
         own = model.state_dict()
         model.load_state_dict({k if k in own else PREFIXES.sub("", k): tensor for k, tensor in state.items()})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"Expected a checkpoint. Got {path}, which is not there.") from None
-    except Exception as error:  # whatever torch's unpickler meets in a damaged file
-        told = shorten(str(error), 500)
-        raise ValueError(f"Expected a checkpoint of {type(model).__name__}. Got {path}: {told}") from error
     return model
