@@ -10,9 +10,10 @@ within each network and over all. A refusal is a miss.
 import argparse
 import time
 
+import heldout
 import torch
 
-from nbs_lib.latency import LatencyModel, heldout
+from nbs_lib.latency import LatencyModel
 from nbs_lib.models import build
 
 

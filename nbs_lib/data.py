@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
@@ -95,9 +96,7 @@ class Data:
         if not len(self.classes) <= count <= len(self.train.labels):
             raise ValueError(f"Expected {len(self.classes)}..{len(self.train.labels)} training images. Got {count}.")
         labels = self.train.labels.cpu().numpy()
-        rank = np.empty(len(labels), np.int64)  # a label's how-manieth image this is
-        for label in np.unique(labels):
-            rank[members] = np.arange(len(members := np.flatnonzero(labels == label)))
+        rank = pd.Series(labels).groupby(labels).cumcount().to_numpy()  # a label's how-manieth image this is
         chosen = torch.from_numpy(np.sort(np.lexsort((labels, rank))[:count])).to(self.train.images.device)
         train = replace(self.train, images=self.train.images[chosen], labels=self.train.labels[chosen])
         return replace(self, name=f"{self.name}[:{count}]", train=train)
@@ -148,11 +147,8 @@ def _cifar(name: str, _path: str, size: int | None, _skip_bad: bool):
     if size not in (None, 32):
         raise ValueError(f"Expected size 32 for {name}. Got {size}.")
     make, root = getattr(datasets, name.upper()), Path(os.environ.get("NBS_DATA") or cache_dir() / "data").expanduser()
-    try:
-        try:
-            sets = [make(root, train=train) for train in (True, False)]
-        except RuntimeError:  # not there, or not whole: torchvision checks sums
-            sets = [make(root, train=train, download=True) for train in (True, False)]
+    try:  # downloads what is not there, or not whole: torchvision checks sums
+        sets = [make(root, train=train, download=True) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         how = f"Expected {name} in {root} (NBS_DATA names another folder), or a connection to download it."
         raise FileNotFoundError(f"{how} Delete damaged files there, or use folder:<path>. Got: {error}") from error

@@ -1,11 +1,15 @@
-"""Where things live: the checkout, its `data/` and `results/`, and the user's cache. The top of the chain.
+"""Where things live: the checkout, its `data/` and `results/`, and the user's cache. Files written and read back.
 
 `NBS_ROOT`, `NBS_RESULTS` and `NBS_CACHE` override the three places; `NBS_DATA` names image folders (see `data`).
 """
 
+import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 from platformdirs import user_cache_path
 
@@ -16,7 +20,7 @@ def root() -> Path:
 
 
 def data_dir() -> Path:
-    """Committed data: `data/paper`, `data/measured`, `data/trained`."""
+    """Committed data: `data/paper`, `data/measured`, `data/trained`, `data/mappings`."""
     return root() / "data"
 
 
@@ -50,3 +54,30 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Errors inside, but for a file that is not there, become a ValueError that says `what` was expected of it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file, or another program's, makes a reader raise
+        told = f"{type(error).__name__}: {shorten(str(error), 500)}"
+        raise ValueError(f"Expected {what}. Got {path}: {told}") from error
+
+
+def read_checkpoint(path: str | Path | None, what: str, settings: dict) -> dict:
+    """What is in a checkpoint, a JSON object with its `settings`; {} where there is none. ValueError naming the file
+    where it holds something else, or differs in settings, which are named."""
+    if not path or not Path(path).exists():
+        return {}
+    with reading(path, what):
+        state = json.loads(Path(path).read_text())
+        found = state["settings"]
+        odd = sorted(name for name in found | settings if found.get(name) != settings.get(name))
+    if odd:
+        wanted, found = ({name: facts.get(name) for name in odd} for facts in (settings, found))
+        raise ValueError(f"Expected a checkpoint of {wanted}; delete it to start anew. Got {path}, of {found}.")
+    return state

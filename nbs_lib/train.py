@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from tqdm.auto import tqdm
 
-from nbs_lib.paths import write_atomic
+from nbs_lib.paths import reading, write_atomic
 
 SCHEDULES = ("cosine", "one_cycle", "constant")
 
@@ -114,7 +114,8 @@ def fit(
                 if log:
                     write_atomic(log, pd.DataFrame(rows).to_csv(index=False))
                 if checkpoint:
-                    _save(checkpoint, safe | {"rows": rows, "settings": settings})
+                    torch.save(safe | {"rows": rows, "settings": settings}, buffer := io.BytesIO())
+                    write_atomic(checkpoint, buffer.getvalue())
     except BaseException as error:
         _restore(parts, safe)
         model.to(home, memory_format=torch.contiguous_format)
@@ -272,28 +273,17 @@ def _restore(parts: dict, state: dict) -> None:
         part.load_state_dict(state[name])
 
 
-def _save(path: str | Path, state: dict) -> None:
-    torch.save(state, buffer := io.BytesIO())
-    write_atomic(path, buffer.getvalue())
-
-
 def _resume(path: str | Path | None, parts: dict, settings: dict) -> list[dict]:
     """Load a checkpoint, if there is one, into the parts; the rows of its history."""
     if not path or not Path(path).exists():
         return []
-    try:
+    with reading(path, "a checkpoint written by fit; delete it to start anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, rows = state["settings"], state["rows"]
         changed = {key: found.get(key) for key in settings if found.get(key, settings[key]) != settings[key]}
-    except Exception as error:  # whatever torch's unpickler meets in a damaged file
-        raise ValueError(
-            f"Expected a checkpoint written by fit; delete it to start anew. Got {path}: {error}"
-        ) from error
     if changed:
         wanted = {key: settings[key] for key in changed}
         raise ValueError(f"Expected a checkpoint of the same run, {wanted}. Got {path}, of {changed}.")
-    try:
+    with reading(path, "a checkpoint of the same model and hook"):
         _restore(parts, state)
-    except Exception as error:  # whatever the model, or the hook, says of another's state
-        raise ValueError(f"Expected a checkpoint of the same model and hook. Got {path}: {error}") from error
     return rows

@@ -155,12 +155,8 @@ class Setting:
         rates = replace(graph, layers=layers).rates()
         summary, history = masks.summary(), masks.history
         found = {"accuracy": evaluate(model, self.data(), progress=False), "total_epochs": len(history)}
-        found |= {
-            "reached_rate": masks.rate,
-            "conv_rate": rates.conv,
-            "weight_rate": rates.weights,
-            "mac_rate": rates.macs,
-        }
+        found |= {"reached_rate": masks.rate, "conv_rate": rates.conv}
+        found |= {"weight_rate": rates.weights, "mac_rate": rates.macs}
         shown = {row.layer: [row.scheme, row.rate] for row in summary.itertuples()}
         found["layer_rates"] = json.dumps(shown, separators=(",", ":"))
         for name in ("lam", "primal_residual"):

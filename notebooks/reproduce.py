@@ -23,13 +23,14 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import yaml
+from page import count_verdicts, write_index
 
 import nbs_lib
 from nbs_lib import paths
 from nbs_lib.report.claims import VERDICTS
-from nbs_lib.report.results import count_verdicts, write_index
 
 CODE = Path(nbs_lib.__file__).resolve().parent
+BESIDE = Path(__file__).resolve().parent  # this program, and what belongs to one notebook each
 PROFILES = {"quick": 600, "cifar": 12 * 3600, "paper": 14 * 86400}  # name -> seconds one notebook may take
 HEARTBEAT_S = 20
 DONE = ("ok", "kept")  # kept: done before with the same inputs, so not run again
@@ -151,11 +152,11 @@ def find_jobs(only: list[str], profile: str, live: bool, given: dict, timeout_s:
 
 
 def fingerprint(job: Job) -> str:
-    """SHA-256 of what a run depends on: the notebook, nbs_lib, data/, the parameters, every installed version."""
+    """SHA-256 of what a run depends on: notebook, parameters, code beside it, nbs_lib, data/, installed versions."""
     digest = hashlib.sha256(json.dumps(job.parameters, sort_keys=True, default=str).encode())
     # Not what is being written by others: a temporary name begins with a dot, and may be gone when it is read.
     data = (file for file in paths.data_dir().rglob("[!.]*") if file.is_file())
-    for file in [Path(__file__), job.source, *sorted(CODE.rglob("*.py")), *sorted(data)]:
+    for file in [job.source, *sorted(BESIDE.rglob("*.py")), *sorted(CODE.rglob("*.py")), *sorted(data)]:
         digest.update(f"\n{file} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     installed = {f"{found.name} {found.version}" for found in distributions()}
     digest.update("\n".join([sys.version, *sorted(installed)]).encode())

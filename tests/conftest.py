@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread for PyTorch and BLAS, here and in what tests start: two workers share the cores, networks are tiny, and
+# threads that wait spin. Set before either is imported; our own kernels' threads are not concerned.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import nbformat
 import numpy as np
@@ -10,6 +16,12 @@ import pytest
 matplotlib.use("Agg")
 
 CLAIMS_HEADER = "id,source,claim,notebook,metric,paper_value,criterion,threshold,unit,scope,threshold_from\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lock_of_this_worker(tmp_path_factory):
+    """Tests wait neither for a measurement on this machine nor for each other's: none of them asserts milliseconds."""
+    os.environ["NBS_LOCK"] = str(tmp_path_factory.mktemp("lock") / "measure.lock")
 
 
 @pytest.fixture

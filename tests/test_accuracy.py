@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from conftest import CLAIMS_HEADER
 
-from nbs_lib.report import Claims, overview
+from nbs_lib.report import Claims, freshness
 from nbs_lib.report.accuracy import drops
 from nbs_lib.trained import TRAINED
+from notebooks.beside import map_fig06_overview as overview
 
 MAPPED = json.dumps({"a": ["block_punched(4x4)", 16.0], "b": ["pattern(8)", 4.0]})
 ROW = {"dataset": "folder:cifar10-jpeg", "network": "vgg16_cifar", "algorithm": "magnitude", "rates": MAPPED}
@@ -50,7 +51,7 @@ def test_provenance_counts_what_is_new():
         ("2026-01-01T12:00:00+00:00", "1 of 2 settings measured now, the others cached"),
         ("2026-01-03T00:00:00+00:00", "all 2 settings cached"),
     ):
-        assert overview.provenance(table, started) == told
+        assert freshness(table, started) == told
 
 
 def test_evaluations_are_counted_per_method_and_seed():

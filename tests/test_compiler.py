@@ -140,7 +140,8 @@ class Residuals(nn.Module):
 
     def __init__(self, c: int = 8):
         super().__init__()
-        self.a, self.b, self.c, self.d = (conv(c, c, k, padding=k // 2) for k in (1, 3, 1, 3))
+        self.a, self.c = conv(c, c, 1), conv(c, c, 1)
+        self.b, self.d = conv(c, c, (3, 1), padding=(1, 0)), conv(c, c, (1, 3), padding=(0, 1))
         self.norm, self.down, self.odd = nn.BatchNorm2d(c), conv(c, c, 3, 2, 1), conv(3 * c, 7, 1)
 
     def forward(self, x):

@@ -7,10 +7,11 @@ import pytest
 from ipywidgets import Dropdown, IntSlider, Output
 
 from nbs_lib.formats.bcs import BCS
-from nbs_lib.formats.example import paper_example
 from nbs_lib.report import drawings
-from nbs_lib.report.widgets import handles
 from nbs_lib.schemes import SCHEMES, Block, BlockPunched, Pattern
+from notebooks.beside.map_fig01_schemes import explore, handles
+from notebooks.beside.map_fig04_bcs import paper_example
+from notebooks.beside.tour import roofline
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_pruned_says_why_a_scheme_is_not_legal(ax, rng):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_explore_draws_any_scheme_on_any_layer(scheme, rng):
     for shape in ((13, 9, 3, 3), (9, 13)):
-        figure = drawings.explore(rng.standard_normal(shape), scheme, 4, 3, 4.0)
+        figure = explore(rng.standard_normal(shape), scheme, 4, 3, 4.0)
         assert all(ax.images or ax.texts for ax in figure.axes)
         plt.close(figure)
 
@@ -82,7 +83,7 @@ def test_arrays_have_every_entry_up_to_most(ax, weight):
 def test_roofline_places_points_under_the_roof(ax):
     columns = ["label", "macs", "bytes", "ms", "provenance"]
     points = pd.DataFrame([["a", 4e6, 1e6, 0.1, "measured here"], ["b", 1e6, 1e6, 0.1, "simulated"]], columns=columns)
-    drawings.roofline(points, 100.0, 20.0, ax)
+    roofline(points, 100.0, 20.0, ax)
     assert [tuple(dots.get_offsets()[0]) for dots in ax.collections] == [(4, 40), (1, 10)]
     x, y = ax.lines[0].get_data()
     assert np.allclose(y, np.minimum(100, 20 * x)) and 5.0 in x
@@ -100,7 +101,7 @@ def test_handles_redraw_when_a_control_changes(rng):
 
     def draw(scheme, p):
         drawn.append((scheme, p))
-        return drawings.explore(weight, scheme, p)
+        return explore(weight, scheme, p)
 
     scheme, p = Dropdown(options=list(SCHEMES), value="filter"), IntSlider(2, 1, 8)
     box = handles(draw, scheme=scheme, p=p)
@@ -109,4 +110,4 @@ def test_handles_redraw_when_a_control_changes(rng):
     p.value = 4
     assert drawn == [("filter", 2), ("block_punched", 2), ("block_punched", 4)] and not plt.get_fignums()
     assert before.startswith(b"\x89PNG") and bytes(box.children[-1].value) != before
-    assert not any(isinstance(child, Output) for child in box.children)  # see nbs_lib/report/widgets.py
+    assert not any(isinstance(child, Output) for child in box.children)  # see notebooks/beside/map_fig01_schemes.py

@@ -718,7 +718,7 @@ import nbs_lib as nbs
 torch.manual_seed(0)
 model = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)]).eval()
 x = torch.randn(1, 16, 28, 28)
-net, armed, hits, end = nbs.compile(model, x, threads=2), False, 0, time.time() + 3
+net, armed, hits, end = nbs.compile(model, x, threads=2), False, 0, time.time() + 2
 want = net(x)
 
 

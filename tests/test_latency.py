@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import nbs_lib as nbs
-from nbs_lib.latency import LatencyModel, NoData, building, heldout, model
+from benchmarks import heldout
+from nbs_lib.latency import LatencyModel, NoData, building, model
 from nbs_lib.latency.settings import FAMILIES, LAYERS, TestModel, spread
 from nbs_lib.latency.structure import conv, linear
 from nbs_lib.measure import cache, host, schema
@@ -74,7 +75,7 @@ def test_a_row_says_which_setting_it_is():
     ],
 )
 def test_a_test_model_computes_what_pytorch_does(family):
-    """Its graph is that of a traced cascade with other sizes put in; PyTorch runs the cascade with the same weights."""
+    """Its graph is written down, not traced; PyTorch runs the same layers with the same weights."""
     stem, deep = family.startswith("stem"), "depthwise" in family
     scheme = "dense" if stem or deep else "block(4x4)" if family == "linear" else "block_punched(4x4)"
     setting = TestModel(family, 12, 3 if stem else 1 if deep else 9, 1 if family == "linear" else 6, scheme, 2.0)

@@ -1,4 +1,5 @@
 import math
+import os
 import re
 import warnings
 
@@ -127,7 +128,7 @@ def ops(graph):
 
 # Whole networks ------------------------------------------------------------------------------------------------------
 
-PLAIN = ["mobilenet_v3_small", "squeezenet1_0", "densenet121", "googlenet"]
+PLAIN = ["mobilenet_v3_small", "squeezenet1_0", "googlenet", *["densenet121"] * bool(os.environ.get("NBS_TEST_ALL"))]
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "shufflenet_v2_x1_0", "efficientnet_b0"])

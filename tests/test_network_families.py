@@ -31,8 +31,8 @@ FAMILIES = {
     "vgg11": (32, 32),
 }
 ALWAYS = {
-    "dense": {"mobilenet_v3_small", "squeezenet1_1"},
-    "pruned": {"mobilenet_v2", "resnet18", "shufflenet_v2_x0_5"},
+    "dense": {"squeezenet1_1"},
+    "pruned": {"mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5"},
 }
 
 

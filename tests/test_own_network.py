@@ -18,9 +18,9 @@ import nbs_lib as nbs
 from nbs_lib import latency
 from nbs_lib.latency import NoData
 from nbs_lib.models import build, load_checkpoint
-from nbs_lib.models.own import find_model, parameter
 from nbs_lib.pruning import load_pruned
-from nbs_lib.report import advice
+from notebooks.beside import own_network as advice
+from notebooks.beside.own_network import find_model, parameter
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "own_network.ipynb"
 ODD = '''

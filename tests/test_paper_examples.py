@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nbs_lib.formats import BCS, CSR
-from nbs_lib.formats.example import paper_example
+from notebooks.beside.map_fig04_bcs import paper_example
 
 # The example is ours beyond the paper's fragments: its size, the weights from 4 on, and rows 2 to 7.
 WEIGHT = [

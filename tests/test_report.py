@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CLAIMS_HEADER
+from page import write_index
 
-from nbs_lib.report import Claims, bars, label, lines, save, style, write_index
+from nbs_lib.report import Claims, bars, label, lines, save, style
 from nbs_lib.report.claims import CRITERIA, VERDICTS
 from nbs_lib.report.figures import COLOURS
 

@@ -13,8 +13,8 @@ import nbs_lib as nbs
 from nbs_lib.mapping.rule import BLOCKS, REFERENCES, layer_choices, rule_mapping
 from nbs_lib.mapping.table import Mapping
 from nbs_lib.models import build
-from nbs_lib.report import rule_flow
 from nbs_lib.schemes import Block, BlockPunched, Choice, Pattern
+from notebooks.beside import map_fig08_rule as rule_flow
 
 
 class Small(nn.Module):

@@ -67,26 +67,29 @@ def prune_to_be_killed(facts, threads, kill):
     setting.prune()
 
 
-@pytest.mark.parametrize("kill", [6, 11])  # of 2 batches an epoch: in the third of 4 epochs, and in retraining
-def test_a_killed_row_goes_on_to_the_same_result(kill, tmp_path, monkeypatch):
+def test_a_killed_row_goes_on_to_the_same_result(tmp_path, monkeypatch):
     setting = replace(TINY, train_images=200, algorithm="magnitude", epochs=4, retrain_epochs=2)
     folder, here = tmp_path / "cache" / "trained", Path(__file__).resolve()
-    code = f"import test_trained; test_trained.prune_to_be_killed({asdict(setting)}, {torch.get_num_threads()}, {kill})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
-    (phases,) = (entry for entry in folder.iterdir() if entry.is_dir())
-    assert {file.name for file in phases.iterdir()} >= {"penalty.pt"}
-    left, batches = [], Batches.__iter__
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__iter__", lambda self: (left.append(1) or batch for batch in batches(self)))
-        resumed, masks = setting.prune()
-    assert len(left) == 12 - (kill - 1) // 2 * 2 + 2  # what whole epochs had left, and the batch norms' refreshing
-    assert [entry.name for entry in folder.iterdir()] == [f"{setting.key()}.pt"]  # the dense network stays
+    killed = f"import test_trained; test_trained.prune_to_be_killed({asdict(setting)}, {torch.get_num_threads()}, "
+    batches, ended = Batches.__iter__, []
+    for kill in (6, 11):  # of 2 batches an epoch: in the third of 4 epochs, and in retraining
+        done = subprocess.run([sys.executable, "-c", f"{killed}{kill})"], env=environment)
+        assert done.returncode == -signal.SIGKILL
+        (phases,) = (entry for entry in folder.iterdir() if entry.is_dir())
+        assert {file.name for file in phases.iterdir()} >= {"penalty.pt"}
+        left = []
+        with monkeypatch.context() as patch:
+            counted = lambda self, left=left: (left.append(1) or batch for batch in batches(self))  # noqa: E731
+            patch.setattr(Batches, "__iter__", counted)
+            ended.append(setting.prune())
+        assert len(left) == 12 - (kill - 1) // 2 * 2 + 2  # what whole epochs had left, and the batch norms' refreshing
+        assert [entry.name for entry in folder.iterdir()] == [f"{setting.key()}.pt"]  # the dense network stays
     whole, other = setting.prune()
-    assert all(
-        torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
-    )
-    assert masks.history.drop(columns="images_per_s").equals(other.history.drop(columns="images_per_s"))
+    for resumed, masks in ended:
+        states = resumed.state_dict().values(), whole.state_dict().values()
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        assert masks.history.drop(columns="images_per_s").equals(other.history.drop(columns="images_per_s"))
 
 
 def test_a_setting_is_traced_once(monkeypatch):

@@ -120,10 +120,9 @@ class Network:
         for number, (value, example) in enumerate(zip(inputs, self.example_inputs, strict=True)):
             value = _tensor(value, number)
             if tuple(value.shape) != tuple(example.shape) or value.dtype != example.dtype:
-                raise ValueError(
-                    f"Expected input {number} of shape {tuple(example.shape)}, {example.dtype}, as compiled. "
-                    f"Got {tuple(value.shape)}, {value.dtype}. Compile again for another shape."
-                )
+                rule = f"Expected input {number} of shape {tuple(example.shape)}, {example.dtype}, as compiled."
+                got = f"Got {tuple(value.shape)}, {value.dtype}. Compile again for another shape."
+                raise ValueError(f"{rule} {got}")
             taken.append(value.cpu().contiguous())
         return taken
 

@@ -26,9 +26,8 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
     if device not in DEVICES:
         raise KeyError(f"Expected a device among {', '.join(DEVICES)}. Got {device!r}.")
     if not (budget_s >= 0 and settings > 0):
-        raise ValueError(
-            f"Expected a budget of 0 s or more and a number of settings above 0. Got {budget_s}, {settings}."
-        )
+        rule = "Expected a budget of 0 s or more and a number of settings above 0."
+        raise ValueError(f"{rule} Got {budget_s}, {settings}.")
     wanted, engine = spread(settings), f"prunemap {__version__}"
     seal = DEVICES[device].provenance(engine)["fingerprint"]
     places = (paths.data_dir(), paths.cache_dir())
@@ -43,10 +42,8 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
     missing, began = [setting for setting in wanted if setting not in known], time.monotonic()
     for number, setting in enumerate(tqdm(missing, "Latency model", disable=not progress or not missing)):
         if time.monotonic() - began >= budget_s:
-            warnings.warn(
-                f"the budget of {budget_s:g} s was over after {number} of {len(missing)} settings: a coarser model",
-                stacklevel=3,
-            )
+            done = f"{number} of {len(missing)} settings"
+            warnings.warn(f"the budget of {budget_s:g} s was over after {done}: a coarser model", stacklevel=3)
             break
         row = _measure(setting, device, threads)
         cache.append(file, row)

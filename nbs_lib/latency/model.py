@@ -20,7 +20,7 @@ from nbs_lib.latency.settings import LAYERS, WEIGHTED, TestModel
 from nbs_lib.latency.work import SIMPLE, NoData, Work, layer_works, move, network_works, pool
 from nbs_lib.layers import Graph, LayerSpec
 from nbs_lib.measure import DEVICES, schema
-from nbs_lib.paths import write_atomic
+from nbs_lib.paths import reading, write_atomic
 from nbs_lib.schemes import Choice
 
 FORMAT = 1
@@ -65,10 +65,8 @@ class Curve:
         terms, features = (np.array([getattr(work, name) for work in works], float) for name in ("terms", "features"))
         far = (features > self.high + REACH[self.kind]).any(axis=1)  # smaller ones hardly take more than the constant
         if far.any():
-            raise NoData(
-                f"Expected a layer within the sizes of the measured {self.kind} settings. "
-                f"Got {_name(works[far.argmax()])}."
-            )
+            rule = f"Expected a layer within the sizes of the measured {self.kind} settings."
+            raise NoData(f"{rule} Got {_name(works[far.argmax()])}.")
         inside = (np.clip(features, self.low, self.high) - self.centre) / self.spread
         ratio, deviation = self.process.predict(inside, return_std=True)
         beyond = np.maximum(np.maximum(features - self.high, self.low - features).max(axis=1), 0)
@@ -91,10 +89,8 @@ class LatencyModel:
         if not self.rows.ok.all() or len(self.rows[["fingerprint", "threads"]].drop_duplicates()) > 1:
             raise ValueError("Expected rows without errors, of one machine, engine and thread count. Got others.")
         self.device, self.cpu, self.fingerprint = first.device, first.cpu, first.fingerprint
-        self.engine, self.threads = (
-            f"{first.engine} {first.engine_version}",
-            int(first.threads if pd.notna(first.threads) else 1),
-        )
+        self.engine = f"{first.engine} {first.engine_version}"
+        self.threads = int(first.threads if pd.notna(first.threads) else 1)
         self._fit(thetas or {})
 
     @staticmethod
@@ -112,13 +108,11 @@ class LatencyModel:
     def load(path: str | Path, any_machine: bool = False) -> "LatencyModel":
         """Read what `save` wrote. ValueError where it holds something else, or comes from another CPU or version of the
         engine; any_machine: take it all the same."""
-        try:
+        with reading(path, "a model written by LatencyModel.save"):
             data = json.loads(Path(path).read_text())
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']}")
             model = LatencyModel(schema.frame(data["rows"]), data["thetas"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Expected a model written by LatencyModel.save. Got {path}: {error!r}.") from error
         here = DEVICES.get(model.device, DEVICES["host"]).provenance(f"prunemap {__version__}")
         if not any_machine and model.fingerprint != here["fingerprint"]:
             raise ValueError(
@@ -182,9 +176,8 @@ class LatencyModel:
         self.curves = {}
         self.parts = _fit_simple([works[n] for n in simple], total[simple])
         for kind in WEIGHTED:
-            own = [
-                n for n, row in enumerate(works) if settings[n].stride == 1 and kind in {work.kind for work, _ in row}
-            ]
+            has = [kind in {work.kind for work, _ in row} for row in works]
+            own = [n for n, setting in enumerate(settings) if setting.stride == 1 and has[n]]
             terms, features, ms = [], [], []
             for n in own:
                 left = total[n] - sum(count * self._simple(work) for work, count in works[n] if work.kind != kind)

@@ -5,17 +5,16 @@ spend most of their time on ten inputs from far memory and ten results to hand o
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import torch
 from scipy.stats import qmc
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from nbs_lib.compiler import Network
 from nbs_lib.latency.structure import dead_share
-from nbs_lib.layers import Graph, LayerSpec, trace
-from nbs_lib.measure.testnets import cascade, linear_cascade, prune_evenly
+from nbs_lib.layers import Graph, LayerSpec, Node, trace
 from nbs_lib.schemes import Choice, Scheme, parse
 
 LAYERS = 10
@@ -115,59 +114,32 @@ class TestModel:
         return TestModel(row.layer, int(row.P), int(row.Q), int(row.H), text, float(row.rate))
 
     def network(self, threads: int = 1, seed: int = 0) -> Network:
-        """The pruned test model, compiled: `testnets.cascade` in eval mode, its weights drawn anew at these sizes."""
-        if self.stride > 1 or self.kind not in WEIGHTED:
+        """The pruned test model, compiled: layers as in `testnets.cascade`, a ReLU after each, random weights.
+
+        Its graph is written down: tracing each setting would take most of the time of a build."""
+        if self.kind not in WEIGHTED:
             model, inputs = _apart(self, seed)
             return Network(trace(model, inputs), inputs, threads)
-        template, inputs = _traced(self.family, self.P == self.Q)
-        p, q, h, rng = *_SIZES, np.random.default_rng(seed)
-        q = p if self.P == self.Q else q
-        sizes = {p: self.P, q: self.Q, h: self.H, 1: 1}
-
-        def resized(shape):
-            return tuple(sizes[size] for size in shape)
-
-        layers = {}
-        for name, layer in template.layers.items():
-            shape = resized(layer.shape[:2]) + layer.shape[2:]
-            fan_in = shape[1] * self.kernel**2 if self.kernel else shape[1]
-            weight = rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
+        rng, layers, specs = np.random.default_rng(seed), {}, self.layers()
+        op, sides = ("linear", 0) if self.kind == "linear" else ("conv2d", 2)
+        entrance = (1, specs[0].Q * specs[0].groups, *[self.H * self.stride] * sides)
+        nodes = [Node("input", "input", (), {}, entrance, None, "", 0, None)]  # nothing of it runs through PyTorch
+        for number, spec in enumerate(specs):
+            fan_in, name, shape = spec.Q * spec.Kh * spec.Kw, f"layer{number}", (1, spec.P, *[spec.H] * sides)
+            weight = rng.standard_normal(spec.shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
             if self.choice:
                 weight *= self.choice.scheme.project(weight, self.choice.rate)
-            P, _, groups = sizes[layer.P], shape[1], self.P if layer.groups > 1 else 1
-            H = layer.H if self.kind == "linear" else self.H
-            bias = rng.standard_normal(P, np.float32) * np.float32(0.1)
-            own = {"P": P, "Q": shape[1], "groups": groups, "H": H, "W": H, "weight": weight, "bias": bias}
-            layers[name] = replace(layer, **own)
-        nodes = []
-        for node in template.nodes:
-            macs = layers[node.layer].macs if node.layer else 0
-            nodes.append(replace(node, shape=resized(node.shape), macs=macs))
-        inputs = tuple(torch.from_numpy(rng.standard_normal(resized(x.shape), np.float32)) for x in inputs)
-        return Network(replace(template, nodes=nodes, layers=layers), inputs, threads)
-
-
-_SIZES = (5, 7, 11)  # P, Q, H of a template: numbers that tell them apart in any shape
-
-
-@cache
-def _traced(family: str, square: bool) -> tuple[Graph, tuple[torch.Tensor, ...]]:
-    """A test model of the family at sizes of no account, traced: tracing each setting anew would take most of the time
-    of a build. Sizes are put in later."""
-    kernel = FAMILIES[family][1]
-    P, Q, H = _SIZES
-    Q = P if square else Q
-    if family == "linear":
-        model, inputs = linear_cascade(P, Q, LAYERS)
-    elif "depthwise" in family:
-        model, inputs = cascade(P, 1, H, H, kernel, 1, P, LAYERS)
-    else:
-        model, inputs = cascade(P, Q, H, H, kernel, 1, 1, LAYERS)
-    return trace(model, inputs), inputs
+            bias = rng.standard_normal(spec.P, np.float32) * np.float32(0.1)
+            layers[name] = layer = replace(spec, name=name, weight=weight, bias=bias)
+            nodes.append(Node(name, op, (nodes[-1].name,), {}, shape, name, name, layer.macs, None))
+            limits = {"lo": 0.0, "hi": np.inf}
+            nodes.append(Node(f"relu{number}", "clamp", (name,), limits, shape, None, "", 0, torch.relu))
+        graph = Graph(nodes, layers, ("input",), (nodes[-1].name,), pytree.tree_structure(0), {})
+        return Network(graph, (torch.from_numpy(rng.standard_normal(entrance, np.float32)),), threads)
 
 
 def _apart(setting: TestModel, seed: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """What no cascade of ten stands for: layers and pools of stride 2 on falling maps, steps without weights."""
+    """Steps without weights: pools of stride 2 on falling maps, and ten of what keeps the map's size."""
     P, generator = setting.P, torch.Generator().manual_seed(seed)
     x = torch.randn(1, P, *[setting.H * setting.stride] * 2, generator=generator)
     if setting.kind == "pointwise":
@@ -176,14 +148,7 @@ def _apart(setting: TestModel, seed: int) -> tuple[nn.Module, tuple[torch.Tensor
         return _Apart(nn.AdaptiveAvgPool2d(1)).eval(), tuple(x + n for n in range(LAYERS))
     if setting.kind == "pytorch":
         return nn.Sequential(*(_Shift() for _ in range(LAYERS // 2))).eval(), (x,)
-    if setting.kind == "max_pool2d":
-        return nn.Sequential(*(nn.MaxPool2d(2) for _ in setting.maps)).eval(), (x,)
-    k, groups = setting.kernel, P if setting.kind == "depthwise" else 1
-    convs = [(nn.Conv2d(P, P, k, 2, k // 2, groups=groups), nn.ReLU()) for _ in setting.maps]
-    model = nn.Sequential(*(module for pair in convs for module in pair)).eval()
-    if setting.choice:
-        prune_evenly(model, setting.choice.scheme, setting.choice.rate)
-    return model, (x,)
+    return nn.Sequential(*(nn.MaxPool2d(2) for _ in setting.maps)).eval(), (x,)
 
 
 class _Shift(nn.Module):

@@ -67,7 +67,7 @@ class Node:
     layer: str | None
     module: str
     macs: int  # of the whole batch
-    call: Callable = field(repr=False)  # call(*tensors): the very operator through PyTorch, all else bound
+    call: Callable | None = field(repr=False)  # call(*tensors): the very operator through PyTorch, all else bound
 
 
 @dataclass(frozen=True, eq=False, repr=False)

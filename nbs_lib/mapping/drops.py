@@ -14,8 +14,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nbs_lib.mapping.evaluate import hold_out
-from nbs_lib.mapping.table import Mapping
-from nbs_lib.paths import write_atomic
+from nbs_lib.mapping.table import Mapping, check_layers
+from nbs_lib.paths import read_checkpoint, write_atomic
 from nbs_lib.pruning import prune
 from nbs_lib.pruning.targets import find_weight, targets
 from nbs_lib.schemes import Choice, Pattern
@@ -81,7 +81,7 @@ def layer_drops(
     for name, tensor in model.state_dict().items():
         state.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     settings = {"weights": state.hexdigest(), "data": held.name}
-    rows = _resume(checkpoint, settings)
+    rows = read_checkpoint(checkpoint, "a checkpoint written by layer_drops", settings).get("drops", {})
     listed = {name: list(choices) for name, choices in options.items()}
     work = [(name, choice) for name, choices in listed.items() for choice in choices if choice is not None]
     bar = tqdm(work, "Accuracy drops", disable=not progress, mininterval=1)
@@ -119,25 +119,5 @@ def total_drop(mapping: dict[str, Choice], drops: Drops) -> float:
     return float(total)
 
 
-def check_layers(graph, given: Iterable[str]) -> None:
-    """Raise KeyError for layers that the graph has not."""
-    if unknown := set(given) - set(graph.layers):
-        raise KeyError(f"Expected layers out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")
-
-
 def _key(layer: str, choice: Choice) -> str:
     return f"{layer} {json.dumps(choice.to_json())}"
-
-
-def _resume(path: str | Path | None, settings: dict) -> dict[str, float]:
-    """The drops on record in a checkpoint, if there is one."""
-    if not path or not Path(path).exists():
-        return {}
-    try:
-        state = json.loads(Path(path).read_text())
-        found, rows = state["settings"], {str(key): float(drop) for key, drop in state["drops"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"Expected a checkpoint written by layer_drops. Got {path}: {error!r}.") from error
-    if found != settings:
-        raise ValueError(f"Expected a checkpoint of {settings}; delete it to start anew. Got {path}, of {found}.")
-    return rows

@@ -23,7 +23,7 @@ from nbs_lib.compiler import compile
 from nbs_lib.data import Data
 from nbs_lib.mapping.table import Mapping, candidates
 from nbs_lib.measure import DEVICES, measure
-from nbs_lib.paths import write_atomic
+from nbs_lib.paths import read_checkpoint, write_atomic
 from nbs_lib.pruning import prune
 from nbs_lib.pruning.cut import over_all
 from nbs_lib.pruning.targets import Target, find_weight
@@ -189,7 +189,7 @@ class Evaluator:
             dense_ms = self._ms(Mapping(), *self._compiled(Mapping()))
             settings["dense_ms_of_the_latency_model"] = dense_ms
         self.known = {"settings": settings, "dense_ms": dense_ms, "candidates": {}}
-        self._resume()
+        self.known |= read_checkpoint(self.checkpoint, "a checkpoint of a search", settings)
         if self.known["dense_ms"] is None:
             self.known["dense_ms"] = self._ms(Mapping(), *self._compiled(Mapping()))
 
@@ -278,17 +278,3 @@ class Evaluator:
         self.known["candidates"][key] |= facts
         if self.checkpoint:
             write_atomic(self.checkpoint, json.dumps(self.known))
-
-    def _resume(self) -> None:
-        if not self.checkpoint or not self.checkpoint.exists():
-            return
-        try:
-            known = json.loads(self.checkpoint.read_text())
-            found, wanted = known["settings"], self.known["settings"]
-            odd = {name for name in wanted | found if found.get(name) != wanted.get(name)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Expected a checkpoint of a search. Got {self.checkpoint}: {error!r}.") from error
-        if odd:
-            wanted, found = ({name: facts.get(name) for name in sorted(odd)} for facts in (wanted, found))
-            raise ValueError(f"Expected a checkpoint of {wanted}, or another file. Got one of {found}.")
-        self.known = known

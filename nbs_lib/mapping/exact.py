@@ -6,9 +6,9 @@ Times come from the latency model, drops from `mapping/drops.py`; both objective
 import numpy as np
 import pandas as pd
 
-from nbs_lib.mapping.drops import Drops, check_layers, energy_drops, total_drop
+from nbs_lib.mapping.drops import Drops, energy_drops, total_drop
 from nbs_lib.mapping.rule import BETA, layer_choices, layer_times, rule_mapping
-from nbs_lib.mapping.table import Mapping, candidates
+from nbs_lib.mapping.table import Mapping, candidates, check_layers
 
 POINTS = 10_000  # ours: at 50 layers the budget is then spent to within 0.5 %
 

@@ -82,6 +82,7 @@ class Reinforce:
         with torch.no_grad():
             return self.policy(samples=count, generator=self.generator)[0].numpy()
 
+    @torch.enable_grad()  # a notebook may have turned gradients off
     def gradient(self, actions: np.ndarray, rewards: np.ndarray) -> None:
         """Leave minus Eq. 6's estimate in the parameters' `grad`: optimizers descend."""
         rewards = torch.as_tensor(np.asarray(rewards), dtype=torch.float32)

@@ -9,7 +9,7 @@ from numbers import Real
 
 import numpy as np
 
-from nbs_lib.mapping.table import Mapping, candidates, fits
+from nbs_lib.mapping.table import Mapping, candidates, check_layers, fits
 from nbs_lib.schemes import Block, BlockPunched, Channel, Choice, Filter, Pattern, check_rate
 
 BETA = 0.2  # mapping 6.1
@@ -125,8 +125,7 @@ def _checked(graph, rate: float, beta: float | dict[str, float]) -> tuple[float,
     if check_rate(rate) == 1:
         raise ValueError("Expected a rate above 1, at which block sizes are compared. Got 1.")
     given = beta if isinstance(beta, dict) else dict.fromkeys(graph.layers, beta)
-    if unknown := set(given) - set(graph.layers):
-        raise KeyError(f"Expected layers out of {', '.join(graph.layers)} in beta. Got {', '.join(sorted(unknown))}.")
+    check_layers(graph, given, "beta's layers")
     for layer, value in given.items():
         if not isinstance(value, Real) or not value >= 0:
             raise ValueError(f"Expected beta >= 0 for layer {layer!r}, 0.2 for 20 %. Got {value!r}.")

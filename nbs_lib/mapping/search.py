@@ -93,9 +93,8 @@ class Search:
             if new:
                 callback(self)
         if len(self.rows) < self.budget:
-            warnings.warn(
-                f"only {len(self.rows)} of {self.budget} mappings found: all others are too rare", stacklevel=2
-            )
+            found = f"only {len(self.rows)} of {self.budget} mappings found"
+            warnings.warn(f"{found}: all others are too rare", stacklevel=2)
         best = self.best
         mapping = Mapping(best["mapping"], [dict(row) for row in best["mapping"].layers])
         won = f"{self.strategy} search, best of {len(self.rows)} mappings: reward {best['reward']:.4f}"
@@ -115,17 +114,12 @@ def search_mapping(
     data,
     graph,
     rate: float,
-    latency="measured",
-    weight: float = 0.2,
     samples: int = 4,
     evaluations: int = 100,
-    epochs: int = 2,
     seed: int = 0,
     strategy: str = "rl",
     schemes: Iterable[Scheme] = SCHEMES,
     ignored_layers: Iterable[str] = (),
-    executor=None,
-    checkpoint=None,
     progress: bool = True,
     callback: Callable[[Search], object] | None = None,
     **options,
@@ -133,14 +127,14 @@ def search_mapping(
     """The mapping of the largest reward, accuracy - weight * ms / dense_ms, that the search finds; `.history` has all.
 
     rate: total / kept CONV weights of the model; rates per layer fall out of one threshold (`global_rates`). The other
-    arguments are those of `Search` and `Evaluator` (options too: held_out, overlap, threads, device, and what `fit`
-    takes), where also stands what a latency may be and how it is taken. progress: a bar, and the best reward so far as
-    a curve (in a notebook) or as lines. callback: called with the Search after every step. checkpoint: a file; a killed
-    search goes on from it, when it is called again with the same arguments, to the same history. The model is not
-    changed, and the test images of `data` are not looked at. Raises as `Search`, `Evaluator` and `legal_schemes`."""
+    arguments are those of `Search` and, as options, of `Evaluator` (latency="measured", weight=0.2, epochs=2, held_out,
+    executor, checkpoint, overlap, threads, device, and what `fit` takes), where also stands what a latency may be and
+    how it is taken. progress: a bar, and the best reward so far as a curve (in a notebook) or as lines. callback:
+    called with the Search after every step. checkpoint: a file; a killed search goes on from it, when it is called
+    again with the same arguments, to the same history. The model is not changed, and the test images of `data` are not
+    looked at. Raises as `Search`, `Evaluator` and `legal_schemes`."""
     legal = legal_schemes(graph, schemes, ignored_layers, rate)
-    keep = dict(executor=executor, checkpoint=checkpoint, **options)
-    evaluator = Evaluator(model, data, graph, rate, latency, weight, epochs, seed=seed, **keep)
+    evaluator = Evaluator(model, data, graph, rate, seed=seed, **options)
     search = Search(graph, legal, evaluator, strategy, samples, evaluations, seed)
     with Watch(search, progress) as watch:
         return search.run(lambda search: [told(search) for told in (watch, callback) if told])
@@ -151,9 +145,8 @@ def paired_bootstrap(ours, others, confidence=0.95, resamples=10_000, seed=0) ->
 
     Pairs are drawn with replacement. Up to 5 pairs, all ways of drawing are counted instead, so nothing is random.
     Raises ValueError unless both are as long, at least one, and finite."""
-    difference = (
-        np.asarray(ours, float) - np.asarray(others, float) if np.shape(ours) == np.shape(others) else np.empty(0)
-    )
+    alike = np.shape(ours) == np.shape(others)
+    difference = np.asarray(ours, float) - np.asarray(others, float) if alike else np.empty(0)
     if difference.ndim != 1 or not difference.size or not np.isfinite(difference).all():
         raise ValueError(f"Expected finite pairs. Got {ours!r} and {others!r}.")
     if (count := difference.size) <= 5:

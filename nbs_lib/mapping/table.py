@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nbs_lib.paths import write_atomic
+from nbs_lib.paths import reading, write_atomic
 from nbs_lib.schemes import Choice, Scheme
 
 
@@ -43,17 +43,14 @@ class Mapping(dict):
     @staticmethod
     def load(path: str | Path) -> "Mapping":
         """Read what `save` wrote. Raises ValueError naming the file where it holds something else."""
-        try:
+        with reading(path, "a mapping written by Mapping.save"):
             return Mapping.from_json(json.loads(Path(path).read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Expected a mapping written by Mapping.save. Got {path}: {error!r}.") from error
 
 
 def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict[str, Scheme], list[dict]]:
     """Which layers of the graph get which scheme, as `uniform_mapping` says, and every layer's row for the report."""
     options = {"conv": _listed(conv), "linear": _listed(linear), "depthwise": ()}
-    if unknown := set(ignored := set(ignored_layers)) - set(graph.layers):
-        raise KeyError(f"Expected ignored_layers out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")
+    check_layers(graph, ignored := set(ignored_layers), "ignored_layers")
     schemes, rows = {}, []
     for layer in graph.layers.values():
         refusals = {scheme: scheme.legal(layer)[1] for scheme in options[layer.kind]}
@@ -68,6 +65,12 @@ def candidates(graph, conv, linear, ignored_layers: Iterable[str]) -> tuple[dict
         facts = {"layer": layer.name, "kind": layer.kind, "shape": tuple(layer.shape), "groups": layer.groups}
         rows.append(facts | {"macs": int(layer.macs), "reason": reason})
     return schemes, rows
+
+
+def check_layers(graph, given: Iterable[str], what: str = "layers") -> None:
+    """Raise KeyError for layers that the graph has not; `what` they are given as."""
+    if unknown := set(given) - set(graph.layers):
+        raise KeyError(f"Expected {what} out of {', '.join(graph.layers)}. Got {', '.join(sorted(unknown))}.")
 
 
 def fits(scheme: Scheme, layer, rate: float = 1.0) -> bool:

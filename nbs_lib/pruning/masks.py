@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import safetensors.torch as st
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nbs_lib.paths import write_atomic
+from nbs_lib.paths import reading, write_atomic
 from nbs_lib.pruning.targets import find_weight
 from nbs_lib.schemes import Choice
 
@@ -89,15 +88,13 @@ class Masks(dict):
     @staticmethod
     def load(folder: str | Path) -> "Masks":
         """Read what `save` wrote. Raises ValueError naming the folder where the files are damaged or do not match."""
-        try:
+        with reading(folder, "masks written by Masks.save"):
             tensors = st.load_file(Path(folder) / "masks.safetensors")
             facts = json.loads((Path(folder) / "masks.json").read_text())
             if {layer: int(mask.sum()) for layer, mask in tensors.items()} != {k: f["kept"] for k, f in facts.items()}:
                 raise ValueError("masks.json describes other masks")
             choices = {layer: Choice.from_json(fact) for layer, fact in facts.items()}
             return Masks({k: tensors[k] for k in facts}, choices, {k: f["groups"] for k, f in facts.items()})
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"Expected masks written by Masks.save. Got {folder}: {error!r}.") from error
 
     def _weights(self, model: nn.Module):
         for layer, mask in self.items():

@@ -200,9 +200,8 @@ def _search(model, make, lam: float, target_rate: float, data, epochs: int, tria
     best = min(range(len(tried)), key=lambda trial: tried[trial][0])
     if tried[best][0] >= math.log(1.1):
         shown = ", ".join(f"{math.exp(at):.3g}: {math.exp(math.exp(reached)):.3g}x" for _, at, reached, _ in tried)
-        warnings.warn(
-            f"No lambda came within 10 % of {target_rate:g}x ({shown}); the cut goes there anyway.", stacklevel=4
-        )
+        told = f"No lambda came within 10 % of {target_rate:g}x ({shown}); the cut goes there anyway."
+        warnings.warn(told, stacklevel=4)
     histories.append(histories.pop(best))
     model.load_state_dict(start)
     hook = make(math.exp(tried[best][1]))  # its scales are the start's

@@ -40,11 +40,8 @@ class Penalty(Checked):
         super().__init__(choices | numbers)
         self.targets = targets
         self.weights = {layer: find_weight(model, layer)[0] for layer in targets}
-        self.scales = {layer: self._mean_square(weight) for layer, weight in self.weights.items()}
-
-    @staticmethod
-    def _mean_square(weight: torch.Tensor) -> float:
-        return max(float(weight.detach().double().square().mean()), 1e-30)
+        squares = {layer: weight.detach().double().square().mean() for layer, weight in self.weights.items()}
+        self.scales = {layer: max(float(square), 1e-30) for layer, square in squares.items()}
 
     def current(self) -> dict[str, Target]:
         """The targets with the weights as they are now."""

@@ -1,7 +1,7 @@
-"""From rows to what a reader sees: claims, figures, the results folder and its page. Measures and trains nothing."""
+"""From rows to what a reader sees: claims, figures, the results folder. Measures and trains nothing."""
 
 from nbs_lib.report.claims import Claims
-from nbs_lib.report.figures import bars, label, lines, style
-from nbs_lib.report.results import save, write_index
+from nbs_lib.report.figures import bars, freshness, label, lines, style
+from nbs_lib.report.results import save
 
-__all__ = ["Claims", "bars", "label", "lines", "save", "style", "write_index"]
+__all__ = ["Claims", "bars", "freshness", "label", "lines", "save", "style"]

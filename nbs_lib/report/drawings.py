@@ -6,8 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from nbs_lib.formats.bcs import BCS
-from nbs_lib.report.figures import COLOURS
-from nbs_lib.schemes import Scheme, parse, reached
+from nbs_lib.schemes import Scheme, reached
 
 PRUNED, BORDER, ARROW = (0.93, 0.93, 0.93), "#c0392b", {"arrowstyle": "->", "color": "#888888"}
 PALETTE = np.array(sns.color_palette("Set2"))
@@ -54,14 +53,6 @@ def pruned(weight, scheme: Scheme, rate: float, ax=None, matrix=False, crop=(12,
     return weights((weight * mask)[part], ax, matrix, scheme.blocks(weight.shape)[part], kinds, title)
 
 
-def explore(weight, scheme: str, p=4, q=4, rate=4.0) -> plt.Figure:
-    """`pruned` as tensor and as matrix. scheme: a name of SCHEMES; p, q: its block, where it has one."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 2))
-    for ax, matrix in zip(axes, (False, True), strict=True):
-        pruned(weight, parse(f"{scheme}({p}x{q})" if scheme.startswith("block") else scheme), rate, ax, matrix)
-    return figure
-
-
 def arrays(packed: BCS, ax=None, most=24) -> plt.Axes:
     """Draw the arrays of a BCS weight, a colour per run of rows, `most` entries of each; arrows are their pointers."""
     ax, runs = ax or plt.gca(), np.arange(packed.occurrence.size - 1)
@@ -82,21 +73,6 @@ def arrays(packed: BCS, ax=None, most=24) -> plt.Axes:
             ax.annotate("", (targets[x] + 0.5, end), (x + 0.5, start), arrowprops=ARROW)
     ax.set(xlim=(-4, min(most, max(len(getattr(packed, name)) for name in drawn)) + 1), ylim=(-10.6, 0.6))
     ax.axis("off")
-    return ax
-
-
-def roofline(points: pd.DataFrame, peak_gmacs: float, bandwidth_gbs: float, ax=None) -> plt.Axes:
-    """Draw points (columns label, macs, bytes, ms, provenance) under the roof min(peak, bandwidth x MACs per byte)."""
-    ax, intensity, speed = ax or plt.gca(), points["macs"] / points["bytes"], points["macs"] / points["ms"] / 1e6
-    roof = np.sort([*intensity * 2, peak_gmacs / bandwidth_gbs, peak_gmacs / bandwidth_gbs / 2])
-    told = f"roof: {peak_gmacs:.0f} GMAC/s, {bandwidth_gbs:.0f} GB/s"
-    ax.loglog(roof, np.minimum(peak_gmacs, bandwidth_gbs * roof), color="#444444", base=2, label=told)
-    for marker, x, y, row in zip("osD^vPX*" * len(points), intensity, speed, points.itertuples(), strict=False):
-        ax.scatter(x, y, s=60, marker=marker, color=COLOURS[row.provenance], label=f"{row.label}, {row.provenance}")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-    ax.set(xlabel="MACs per byte", ylabel="GMAC/s", ylim=(None, 1.5 * max(peak_gmacs, speed.max())))
-    ax.legend(loc="lower right")
     return ax
 
 

@@ -23,6 +23,14 @@ def label(rows: pd.DataFrame, cached: bool = False) -> pd.DataFrame:
     return rows.assign(provenance=[known.get(device.partition(":")[0], "phone") for device in rows["device"]])
 
 
+def freshness(rows: pd.DataFrame, started: str) -> str:
+    """How many measured rows are newer than `started`, a time as in their column `utc`: "all 512 settings cached"."""
+    new = int((pd.to_datetime(rows.utc, utc=True) >= pd.Timestamp(started)).sum())
+    if not new or new == len(rows):
+        return f"all {len(rows)} settings {'measured now' if new else 'cached'}"
+    return f"{new} of {len(rows)} settings measured now, the others cached"
+
+
 def bars(frame: pd.DataFrame, x: str, y: str, by: str | None = None, ax: plt.Axes | None = None) -> plt.Axes:
     """Draw bars of `y` over the categories `x`, a series per provenance (and value of `by`); NaN leaves a gap."""
     ax = _draw(sns.barplot, frame, x, y, by, ax, saturation=1)

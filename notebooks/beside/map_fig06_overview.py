@@ -35,14 +35,6 @@ def schemes(mapping) -> str:
     return "\n".join(lines + ([f"{counts[4:].sum()} x others"] if len(counts) > 4 else []))
 
 
-def provenance(rows: pd.DataFrame, started: str) -> str:
-    """How many measured rows are newer than `started`, a time as in their column `utc`: "all 512 settings cached"."""
-    new = int((pd.to_datetime(rows.utc, utc=True) >= pd.Timestamp(started)).sum())
-    if not new or new == len(rows):
-        return f"all {len(rows)} settings {'measured now' if new else 'cached'}"
-    return f"{new} of {len(rows)} settings measured now, the others cached"
-
-
 def evaluated(rows: pd.DataFrame, names: dict[str, str]) -> str:
     """How many mappings each strategy has evaluated, over its seeds: "search: 10, exact solver: 2..4, rule: 1"."""
     counts = rows.groupby(["strategy", "seed"]).size().groupby("strategy").agg(["min", "max"])

@@ -1,4 +1,4 @@
-"""A figure with handles, for a browser; notebooks draw the same figure once more from their parameters.
+"""Mapping Fig. 1 with handles, for a browser; the notebook draws the same figure once more from its parameters.
 
 The picture is an Image widget. `ipywidgets.interactive` has an Output widget instead, to which nbclient answers from
 outside the kernel: headless runs then wait for ever, now and then (seen with ipykernel 7.4, nbclient 0.11).
@@ -9,6 +9,17 @@ from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 from ipywidgets import Image, VBox, Widget
+
+from nbs_lib.report.drawings import pruned
+from nbs_lib.schemes import parse
+
+
+def explore(weight, scheme: str, p=4, q=4, rate=4.0) -> plt.Figure:
+    """`pruned` as tensor and as matrix. scheme: a name of SCHEMES; p, q: its block, where it has one."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 2))
+    for ax, matrix in zip(axes, (False, True), strict=True):
+        pruned(weight, parse(f"{scheme}({p}x{q})" if scheme.startswith("block") else scheme), rate, ax, matrix)
+    return figure
 
 
 def handles(draw: Callable[..., plt.Figure], **controls: Widget) -> VBox:
