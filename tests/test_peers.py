@@ -63,7 +63,8 @@ def model(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def short_limits(monkeypatch):
+def short_limits(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(worker, "cache_dir", lambda: tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(worker, "LOAD_S", 90)
     monkeypatch.setattr(worker, "CALL_S", 3)
 
@@ -285,13 +286,46 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 
 def test_latest_rows_are_this_machines_if_it_has_any():
-    told = host.provenance("x") | {"runs": 3, "model": "vgg16", "threads": 1, "turns": "t", "engine": "mnn"}
-    rows = [told | {"median_ms": ms, "cpu": cpu} for ms, cpu in ((1.0, "Other"), (2.0, host.cpu_model()))]
+    seal = record.fingerprint("prunemap-block_punched", PEERS["prunemap-block_punched"])
+    told = host.provenance("prunemap-block_punched") | {"runs": 3, "model": "vgg16", "threads": 1, "turns": "t"}
+    told |= {"effective_macs": 200, "settings": '{"removed_macs": 30}', "fingerprint": seal}
+    rows = [told | {"median_ms": 1.0, "cpu": "Other", "fingerprint": "other"}, told | {"median_ms": 2.0}]
     rows += [told | {"median_ms": 3.0}, told | {"median_ms": 4.0, "engine": "gone"}]
-    newest = record.latest(schema.CONTENDED.frame(rows))
-    assert newest[["median_ms", "machine", "weights"]].to_numpy().tolist() == [[3.0, "this machine", "dense"]]
-    other = record.latest(schema.CONTENDED.frame(rows[:1]))
-    assert other[["median_ms", "machine"]].to_numpy().tolist() == [[1.0, "Other"]]
+    rows += [told | {"median_ms": 5.0, "cpu": "Other", "fingerprint": "other", "model": "resnet18"}]
+    shown = ["model", "median_ms", "machine", "weights", "removed_percent"]
+    newest = record.latest(schema.CONTENDED.frame(rows))[shown].to_numpy().tolist()
+    assert newest == [
+        ["vgg16", 3.0, "this machine", "block_punched", 15.0],
+        ["resnet18", 5.0, "Other", "block_punched", 15.0],
+    ]
+    assert record.latest(schema.CONTENDED.frame([])).empty
+
+
+def test_what_could_not_be_installed_is_tried_again(tmp_path):
+    known = host.provenance("mnn") | {"model": "resnet18", "threads": 1, "turns": "a", "ok": False}
+    known |= {"fingerprint": record.fingerprint("mnn", PEERS["mnn"])}
+    mnn = {"mnn": PEERS["mnn"]}
+    cache.append(tmp_path / "rows.csv", [known | {"error": "not installed: no index"}], schema.CONTENDED)
+    assert record.missing(tmp_path / "rows.csv", mnn, "resnet18", 1) == ["mnn"]
+    cache.append(tmp_path / "rows.csv", [known | {"error": "hung"}], schema.CONTENDED)
+    assert record.missing(tmp_path / "rows.csv", mnn, "resnet18", 1) == []
+
+
+def test_a_contest_in_which_all_fail_leaves_their_rows(peer, tmp_path):
+    fakes = {"prunemap": peer("crashes"), "dies": peer("dies")}
+    for fake in fakes.values():
+        fake.file.write_text(fake.file.read_text().replace('"npy"', '"onnx"'))
+    rows = contest("resnet20", 1, tmp_path / "rows.csv", list(fakes), 2, fakes, list().append)
+    assert not rows["ok"].any() and rows["error"].str.startswith("crashed").all() and rows["ratio"].isna().all()
+
+
+def test_an_export_that_fails_costs_only_those_who_need_it(peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(Subject, "_onnx", lambda self: {}["no such key"])
+    needs = peer("good")
+    needs.file.write_text(needs.file.read_text().replace('"npy"', '"onnx"'))
+    peers = {"prunemap": PEERS["prunemap"], "needs": needs}
+    rows = contest("resnet20", 1, tmp_path / "rows.csv", list(peers), 2, peers, list().append).set_index("engine")
+    assert rows.ok["prunemap"] and rows.error["needs"] == "KeyError: 'no such key'"
 
 
 # Two real engines, each in an environment of its own

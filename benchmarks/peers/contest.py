@@ -11,7 +11,7 @@ import psutil
 
 from benchmarks.peers import record
 from benchmarks.peers.catalogue import PEERS, Peer
-from benchmarks.peers.environment import PeerFailed
+from benchmarks.peers.environment import PeerFailed, python_of
 from benchmarks.peers.rounds import WARMUP, alternate
 from benchmarks.peers.subject import Subject, exists
 from benchmarks.peers.worker import Worker
@@ -53,6 +53,9 @@ def contest(
 def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, folder: Path, say: Callable) -> list[dict]:
     turns, rows, workers = secrets.token_hex(4), {}, {}
     variants = dict.fromkeys(peer.variant for peer in peers.values())
+    for peer in peers.values():  # before the lock: installing may take long, and needs no quiet
+        with contextlib.suppress(PeerFailed):
+            python_of(peer)
     with clock.lock(), clock.pin(threads), contextlib.ExitStack() as closing:
         for variant in variants:  # one at a time in our memory
             subject = Subject(network, variant, folder)
@@ -65,9 +68,10 @@ def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, fold
                     model, wanted = subject.file(peer.module.FORM), subject.wanted
                     workers[name] = Worker(peer, model, subject.x.numpy(), wanted, threads)
                     closing.callback(workers[name].close)
-                except (PeerFailed, ValueError, RuntimeError) as error:
-                    rows[name]["error"] = str(error)
-                    say(f"  {name}: {error}")
+                except Exception as error:  # an exporter's or the disk's, too: the others go on
+                    known = isinstance(error, PeerFailed | ValueError)
+                    rows[name]["error"] = str(error) if known else f"{type(error).__name__}: {error}"
+                    say(f"  {name}: {rows[name]['error']}")
         say(f"  timing {len(workers)} of {len(peers)}")
         comparison, errors = alternate({name: worker.sample for name, worker in workers.items()}, rounds)
         for name, worker in workers.items():

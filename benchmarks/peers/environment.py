@@ -14,6 +14,8 @@ from filelock import FileLock
 from benchmarks.peers.catalogue import Peer
 from nbs_lib.paths import cache_dir, write_atomic
 
+INSTALL_S = 1800  # a list that takes longer is given up
+
 
 class PeerFailed(RuntimeError):
     """An engine could not be installed, crashed, hung or computed something else. The text says which, on one line."""
@@ -47,7 +49,11 @@ def python_of(peer: Peer) -> Path:
 
 
 def _install(command: list[str]) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+    try:
+        done = subprocess.run(command, timeout=INSTALL_S, **streams)
+    except subprocess.TimeoutExpired:
+        raise PeerFailed(f"not installed: not done in {INSTALL_S} s") from None
     if done.returncode:
         raise PeerFailed(f"not installed: {last_line(done.stderr or done.stdout)}")
 

@@ -1,14 +1,14 @@
 """Rows of contenders that took turns, in `data/measured/host/peers.csv`: figures are drawn from them alone."""
 
 import json
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-import nbs_lib as nbs
 from benchmarks.peers.catalogue import PEERS, Peer
-from benchmarks.peers.subject import Subject, exists
+from benchmarks.peers.subject import OTHER_RATE, RATES, REMAINING, VARIANTS, Subject, exists
 from nbs_lib.clock import Comparison
 from nbs_lib.measure import cache, describe, host, schema
 
@@ -17,13 +17,18 @@ IDENTITY = ["model", "threads", "engine", "fingerprint"]
 
 
 def fingerprint(name: str, peer: Peer) -> str:
-    """Changes with this CPU, the engine's pinned list (for ours: our version) and its options."""
-    return host.fingerprint(f"{name} {peer.module.REQUIREMENTS or nbs.__version__} {dict(peer.options)}")
+    """Changes with this CPU, the engine's pinned list (or its version in our environment), its options, and how the
+    networks are pruned."""
+    engine = peer.module.REQUIREMENTS or version(peer.module.PACKAGE)
+    weights = f"{VARIANTS[peer.variant]} {RATES} {OTHER_RATE} {REMAINING}" if peer.variant != "dense" else "dense"
+    return host.fingerprint(f"{name} {engine} {dict(peer.options)} {weights}")
 
 
 def missing(file, peers: dict[str, Peer], network: str, threads: int) -> list[str]:
-    """Names of the peers without a row of this network and thread count on this machine (a failure is one, too)."""
+    """Names of the peers without a row of this network and thread count on this machine. A failure is a row, too, but
+    for one to install: that may have lacked the network."""
     known = cache.read(file, schema.CONTENDED) if file.exists() else schema.CONTENDED.frame([])
+    known = known[~known["error"].str.startswith("not installed")]
     done = set(known[IDENTITY].itertuples(index=False, name=None))
     able = {name: peer for name, peer in peers.items() if exists(network, peer.variant)}
     return [name for name, peer in able.items() if (network, threads, name, fingerprint(name, peer)) not in done]
@@ -62,11 +67,18 @@ def append(file, rows: list[dict]) -> pd.DataFrame:
 
 
 def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each contender, network and thread count its newest row, of this machine's CPU if there are any, else of the
-    last row's. Two columns more: `machine`, "this machine" or the CPU's name, and `weights`, the variant it ran."""
-    here = rows["cpu"] == host.cpu_model()
-    rows = rows[here if here.any() else rows["cpu"] == rows["cpu"].iloc[-1:].squeeze()]
-    rows = rows.drop_duplicates(["model", "threads", "engine"], keep="last")
+    """Of each network and thread count every contender's newest row, of one machine: this one where it has any, else
+    that of the last row. Three columns more: `machine`, "this machine" or the CPU's name; `weights`, the variant it
+    ran; `removed_percent`, of the MACs left those that meet only zeros and that our compiler takes out."""
     rows = rows[rows["engine"].isin(list(PEERS))]  # another name was a contender once
+    here = [row.fingerprint == fingerprint(row.engine, PEERS[row.engine]) for row in rows.itertuples()]
+    rows = rows.assign(machine=np.where(here, "this machine", rows["cpu"]))
+    chosen = []
+    for _, part in rows.groupby(["model", "threads"], sort=False):
+        mine = part[part["machine"] == "this machine"]
+        chosen.append(mine if len(mine) else part[part["cpu"] == part["cpu"].iloc[-1]])
+    rows = pd.concat(chosen or [rows]).drop_duplicates(["model", "threads", "engine"], keep="last")
+    removed = [json.loads(settings or "{}").get("removed_macs", 0) for settings in rows["settings"]]
+    left = rows["effective_macs"].astype(float)
     variants = [PEERS[name].variant for name in rows["engine"]]
-    return rows.assign(machine="this machine" if here.any() else rows["cpu"], weights=variants)
+    return rows.assign(weights=variants, removed_percent=100 * np.array(removed, float) / left)

@@ -15,6 +15,8 @@ def alternate(samplers: dict[str, Callable], rounds=20, settle=3) -> tuple[clock
 
     `samplers`: name -> (settle -> ms of one call after `settle` untimed ones, which fill its caches again). Returns
     their timings and {name: error} of those that failed on the way."""
+    if not samplers:
+        return clock.Comparison({}), {}
     samples, errors = {name: [] for name in samplers}, {}
     with clock.lock():
         for turn in range(-1, rounds):  # -1: the warm-up

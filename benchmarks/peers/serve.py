@@ -21,8 +21,8 @@ from timeit import Timer
 if __name__ == "__main__":  # before any engine asks how many CPUs there are, or starts a thread
     request = json.loads(Path(sys.argv[2]).read_text())
     os.sched_setaffinity(0, request["cpus"])
-    # Threads sleep where they would wait by spinning, and nobody sends events.
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "NM_DISABLE_ANALYTICS": "1"}
+    # Threads may spin between the layers of a call, but not for long after it; and nobody sends events.
+    os.environ |= {"KMP_BLOCKTIME": "1", "GOMP_SPINCOUNT": "100000", "NM_DISABLE_ANALYTICS": "1"}
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(request["threads"]))
     sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]  # nothing here is for the engine
 

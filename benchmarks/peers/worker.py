@@ -28,7 +28,7 @@ class Worker:
     ones. `idle_ms`: CPU time that it burnt between samples, in all. PeerFailed, also after its limit of time."""
 
     def __init__(self, peer: Peer, model: Path, x: np.ndarray, wanted: np.ndarray, threads: int = 1):
-        python, self.idle_ms = python_of(peer), 0.0
+        python, self.idle_ms, self._ended = python_of(peer), 0.0, False
         self._scratch = tempfile.TemporaryDirectory(prefix="prunemap-peer-")
         folder, cache = Path(self._scratch.name), cache_dir() / "peers" / peer.file.stem
         cache.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Worker:
             self._process.stdin.flush()
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError):  # it died: a broken pipe, or an empty or a broken line
-            if not alarm.is_alive():
+            if self._ended:
                 raise PeerFailed(f"hung: no answer in {limit_s:g} s") from None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(10)
@@ -79,12 +79,12 @@ class Worker:
         return answer["ms"]
 
     def _kill(self) -> None:
+        self._ended = True
         with contextlib.suppress(ProcessLookupError):  # the whole session: a converter may still be at work in it
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        if self._process.returncode is None:
-            self._kill()
+        self._kill()  # even where it has ended by itself: what it started may go on
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):

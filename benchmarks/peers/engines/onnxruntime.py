@@ -12,11 +12,11 @@ def load(model: Path, x, threads: int, cache: Path):
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode, options.log_severity_level = ort.ExecutionMode.ORT_SEQUENTIAL, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would burn the others' time
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a call it would burn the others' time
     session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
     def infer():
         return session.run(None, {"input": x})[0]
 
-    infer.settings = {"optimisation": "all", "spinning": False}
+    infer.settings = {"optimisation": "all", "spinning": "within a call"}
     return infer

@@ -1,4 +1,4 @@
-"""Ours: the network compiled by `nbs_lib`, in the project's own environment."""
+"""Ours: the network compiled by `nbs_lib` with its default tiles, in the project's own environment."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def load(model: Path, x, threads: int, cache: Path):
     torch.set_num_threads(threads)
     network = load_checkpoint(build(about["network"]), model).eval().requires_grad_(False)
     mapping = nbs.Mapping.from_json(json.loads(about["mapping"]))
-    net = nbs.compile(network, torch.from_numpy(x), threads=threads, mapping=mapping)
+    net = nbs.compile(network, torch.from_numpy(x), threads=threads, mapping=mapping, tuning=False)
 
     def infer():
         return net(x)
