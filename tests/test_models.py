@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import nbs_lib.models.torchvision_ops as torchvision_ops
@@ -198,3 +199,11 @@ def test_other_import_errors_are_not_hidden(tmp_path):
     fake_torchvision(tmp_path, "raise RuntimeError('something else')\n")
     result = python(OPERATORS + "ensure()", tmp_path)
     assert result.returncode == 1 and result.stderr.strip().endswith("RuntimeError: something else")
+
+
+def test_a_checkpoint_in_safetensors_needs_no_versions_of_modules(tmp_path):
+    torch.manual_seed(0)
+    model = build("mnasnet1_0", num_classes=3)  # refuses weights that do not say of which version it is
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "m.safetensors")
+    other = load_checkpoint(build("mnasnet1_0", num_classes=3), tmp_path / "m.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

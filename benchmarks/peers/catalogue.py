@@ -41,6 +41,7 @@ PEERS = {
     "onnxruntime": Peer("onnxruntime"),
     "openvino": Peer("openvino"),
     "tvm": Peer("tvm"),
+    "tvm-tuned": Peer("tvm", options={"tune_s": TUNE_S}),
     "ncnn": Peer("ncnn"),
     "mnn": Peer("mnn"),
     "litert": Peer("litert"),

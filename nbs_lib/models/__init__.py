@@ -1,6 +1,7 @@
 """The networks by name: CIFAR forms for (N, 3, 32, 32), a file per family, and ImageNet forms from torchvision."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,5 +54,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         while held := next((state[key] for key in HOLDERS if isinstance(state.get(key), dict)), None):
             state = held
         own = model.state_dict()
-        model.load_state_dict({k if k in own else PREFIXES.sub("", k): tensor for k, tensor in state.items()})
+        found = OrderedDict((k if k in own else PREFIXES.sub("", k), tensor) for k, tensor in state.items())
+        found._metadata = getattr(state, "_metadata", own._metadata)  # versions of modules: safetensors has none
+        model.load_state_dict(found)
     return model
