@@ -112,6 +112,8 @@ ACTIVATIONS = {
     "hardtanh": nn.Hardtanh(-0.7, 0.4),
     "hardswish": nn.Hardswish(),
     "hardsigmoid": nn.Hardsigmoid(),
+    "silu": nn.SiLU(inplace=True),
+    "sigmoid": nn.Sigmoid(),
     "clamp": Lambda(lambda x: x.clamp(-0.2, 0.3)),
     "at_least": Lambda(lambda x: x.clamp(min=0.1)),
     "at_most": Lambda(lambda x: x.clamp(max=0.1)),
@@ -130,7 +132,7 @@ def test_activations_end_every_kernel():
         models[f"{name}_norm"] = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(4), activation)
         models[f"{name}_alone"] = nn.Sequential(nn.AvgPool2d(2), activation)
     net = agrees(scramble(Branches(**models)), torch.randn(2, 4, 7, 9))
-    alone = net.explain().query("op in ('clamp', 'hardswish', 'hardsigmoid')")
+    alone = net.explain().query("op in ('clamp', 'hardswish', 'hardsigmoid', 'silu', 'sigmoid')")
     assert alone.layer.str.contains("_alone").all()
     assert not net.explain().query("layer in @net.graph.layers").chosen.eq("torch").any()
 
@@ -940,3 +942,19 @@ def test_a_forked_child_has_threads_of_its_own():
         net(x.numpy())
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_sigmoid_and_silu_are_close_to_float64_everywhere():
+    x = torch.cat(
+        [torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-30, 200.0, -200.0, 1e30, float("inf")])]
+    )
+    for module in (nn.Sigmoid(), nn.SiLU()):
+        got = nbs.compile(nn.Sequential(nn.AvgPool2d(1), module), x.view(1, 1, 1, -1))(x.view(1, 1, 1, -1)).ravel()
+        wanted = module(x.double())
+        assert (
+            ((got - wanted).abs() <= 3e-7 * wanted.abs() + 1e-37 * x.abs().clamp(1))
+            .where(wanted.isfinite(), got == wanted)
+            .all()
+        )
+    nan = torch.full((1, 1, 2, 9), float("nan"))
+    assert nbs.compile(nn.Sequential(nn.AvgPool2d(1), nn.SiLU()), nan)(nan).isnan().all()

@@ -197,7 +197,7 @@ def test_linear_tiles(batch):
 
 EPILOGUES = {
     "none": nn.Identity(), "relu": nn.ReLU(), "clamp": nn.ReLU6(), "hardswish": nn.Hardswish(),
-    "hardsigmoid": nn.Hardsigmoid(),
+    "hardsigmoid": nn.Hardsigmoid(), "silu": nn.SiLU(), "sigmoid": nn.Sigmoid(),
 }  # fmt: skip
 
 
@@ -605,6 +605,8 @@ SPECIAL = {
     "relu6": nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU6()),
     "hardswish": nn.Sequential(nn.Conv2d(3, 5, 1), nn.Hardswish()),
     "hardsigmoid": nn.Sequential(nn.Conv2d(3, 5, 1), nn.Hardsigmoid()),
+    "silu": nn.Sequential(nn.Conv2d(3, 5, 1), nn.SiLU()),
+    "sigmoid": nn.Sequential(nn.Conv2d(3, 5, 1), nn.Sigmoid()),
     "stride": nn.Conv2d(3, 5, stride=2, **CONV),
     "depthwise": nn.Conv2d(3, 3, groups=3, **CONV),
     "depthwise2": nn.Conv2d(3, 3, stride=2, groups=3, **CONV),

@@ -23,6 +23,8 @@ VOCABULARY = {
         "clamp",
         "hardswish",
         "hardsigmoid",
+        "silu",
+        "sigmoid",
         "add",
         "mul",
         "max_pool2d",
@@ -80,6 +82,8 @@ def word(node, layer, x=None, y=None, *more):
         "clamp": lambda: x.clamp(a["lo"], a["hi"]),
         "hardswish": lambda: x * ((x + 3).clamp(0, 6) / 6),
         "hardsigmoid": lambda: (x + 3).clamp(0, 6) / 6,
+        "silu": lambda: x / (1 + (-x).exp()),
+        "sigmoid": lambda: 1 / (1 + (-x).exp()),
         "adaptive_avg_pool2d": lambda: F.adaptive_avg_pool2d(x, a["output"]),
         "global_avg": lambda: x.mean((2, 3), keepdim=a["keepdim"]),
         "reshape": lambda: x.reshape(node.shape),
@@ -424,7 +428,18 @@ def test_chance_is_not_folded():
 class Words(nn.Module):
     def forward(self, x):
         a = F.relu(x), F.relu6(x), F.hardtanh(x, -0.5, 2), x.clamp(0), x.clamp(max=1.0), x.clip(-1, 1)
-        b = F.hardswish(x), F.hardsigmoid(x), x + 2, 3 * x, x + x, x * x[:, :1], x.add(x, alpha=2), torch.add(x, 1.5)
+        b = (
+            F.hardswish(x),
+            F.hardsigmoid(x),
+            F.silu(x),
+            torch.sigmoid(x),
+            x + 2,
+            3 * x,
+            x + x,
+            x * x[:, :1],
+            x.add(x, alpha=2),
+            torch.add(x, 1.5),
+        )
         c = F.max_pool2d(x, 2), F.max_pool2d(x, 3, 2, 1, 1, ceil_mode=True), F.avg_pool2d(x, (2, 3), ceil_mode=True)
         d = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), F.avg_pool2d(x, 2, divisor_override=3)
         e = F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (3, 2)), F.adaptive_avg_pool2d(x, (7, None))

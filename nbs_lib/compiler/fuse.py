@@ -9,7 +9,7 @@ import numpy as np
 from nbs_lib.layers import Graph, Node
 
 TINY = 1e-30  # smaller weights are zero: denormals slow every multiply-add down
-ACTIVATIONS = ("clamp", "hardswish", "hardsigmoid")
+ACTIVATIONS = ("clamp", "hardswish", "hardsigmoid", "silu", "sigmoid")
 
 
 @dataclass

@@ -85,7 +85,7 @@ class Planner:
         last = operation.epilogue[-1:]
         passes = node.op in (*POOLS, "cat") and all(name in self.positive for name in node.inputs)
         clamped = last == ("clamp",) and operation.bounds[-1][0] >= 0
-        if passes or clamped or last in (("relu",), ("hardsigmoid",)):
+        if passes or clamped or last in (("relu",), ("hardsigmoid",), ("sigmoid",)):
             self.positive.add(operation.output.name)
 
     def _torch(self, operation: Operation, step: Step) -> None:

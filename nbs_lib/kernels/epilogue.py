@@ -6,7 +6,7 @@ one instruction of a ReLU by three.
 """
 
 BOUNDED = ("relu", "clamp")
-WORDS = (*BOUNDED, "hardswish", "hardsigmoid", "add")
+WORDS = (*BOUNDED, "hardswish", "hardsigmoid", "silu", "sigmoid", "add")
 
 
 def name(epilogue: tuple[str, ...]) -> str:

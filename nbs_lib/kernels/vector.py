@@ -11,6 +11,7 @@ from functools import cache, wraps
 from types import SimpleNamespace
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
@@ -106,6 +107,10 @@ def atomic_load(builder, address):
     return builder.load_atomic(_pointer(builder, address, LONG), "acquire", 8)
 
 
+MAGIC = 1.5 * 2.0**23  # the sum of it and a small float32 is rounded to a whole number
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)  # Cephes
+
+
 @cache
 def operations(width: int) -> SimpleNamespace:
     """Operations on vectors of `width` float32; every name is about one machine instruction.
@@ -177,12 +182,36 @@ def operations(width: int) -> SimpleNamespace:
             value, half = builder.fadd(value, lanes(folded)(builder, value, value)), half // 2
         return builder.extract_element(value, INT(0))
 
+    def clamped(builder, a, low, high):
+        """min(max(a, low), high), NaN kept."""
+        for sign, limit in ((">", constant(low)), ("<", constant(high))):
+            a = builder.select(builder.fcmp_ordered(sign, limit, a), limit, a)
+        return a
+
     def hard_gate(builder, a):
         """min(max(a + 3, 0), 6) / 6, NaN kept."""
-        value = builder.fadd(a, constant(3.0))
-        for sign, limit in ((">", constant(0.0)), ("<", constant(6.0))):
-            value = builder.select(builder.fcmp_ordered(sign, limit, value), limit, value)
-        return builder.fmul(value, constant(1 / 6))
+        return builder.fmul(clamped(builder, builder.fadd(a, constant(3.0)), 0.0, 6.0), constant(1 / 6))
+
+    def gate(builder, a):
+        """1 / (1 + exp(-a)) to some 1e-7, NaN kept. exp(r + n ln 2) is 2 ** n times exp(r), a polynomial (Cephes).
+
+        Adding MAGIC leaves n in the lowest bits, from where it goes to those of the exponent. From 88 on it is inf."""
+        kind = ir.FunctionType(register, [register] * 3)
+        fused = builder.module.declare_intrinsic(f"llvm.fma.v{width}f32", fnty=kind)
+        a = builder.fmul(a, constant(-1.0))
+        infinite = builder.fcmp_ordered(">", a, constant(88.0))
+        a = clamped(builder, a, -87.0, 88.0)
+        moved = builder.call(fused, [a, constant(1 / np.log(2)), constant(MAGIC)])
+        n = builder.fsub(moved, constant(MAGIC))
+        r = builder.call(fused, [n, constant(-0.693359375), a])
+        r = builder.call(fused, [n, constant(2.12194440e-4), r])
+        value = constant(EXP[0])
+        for coefficient in (*EXP[1:], 1.0, 1.0):
+            value = builder.call(fused, [value, r, constant(coefficient)])
+        power = builder.shl(builder.bitcast(moved, bits), ir.Constant(bits, [23] * width))
+        power = builder.bitcast(builder.add(power, ir.Constant(bits, [127 << 23] * width)), register)
+        value = builder.select(infinite, constant(float("inf")), builder.fmul(value, power))
+        return builder.fdiv(constant(1.0), builder.fadd(value, constant(1.0)))
 
     return SimpleNamespace(
         load=load, store=store, load_mask=load_mask, store_kept=store_kept, gather=gather, splat=splat, fma=fma,
@@ -191,6 +220,7 @@ def operations(width: int) -> SimpleNamespace:
         minimum=binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x)),
         largest=binary(lambda b, x, y: b.select(b.or_(b.fcmp_ordered(">", y, x), b.fcmp_unordered("uno", y, y)), y, x)),
         hardsigmoid=unary(hard_gate), hardswish=unary(lambda b, x: b.fmul(x, hard_gate(b, x))),
+        sigmoid=unary(gate), silu=unary(lambda b, x: b.fmul(x, gate(b, x))),
         even=binary(lanes(range(0, 2 * width, 2))), odd=binary(lanes(range(1, 2 * width, 2))),
         **{f"slide{n}": binary(lanes(range(n, n + width))) for n in range(1, width)},
     )  # fmt: skip

@@ -97,7 +97,7 @@ RULES = (
     | dict.fromkeys(("max_pool2d", "max_pool2d_with_indices", "avg_pool2d"), _pool)
     | dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive_pool)
     | dict.fromkeys(("view", "_unsafe_view", "squeeze", "unsqueeze"), lambda name, a, out: ("reshape", {}))
-    | dict.fromkeys(("hardswish", "hardsigmoid"), lambda name, a, out: (name, {}))
+    | dict.fromkeys(("hardswish", "hardsigmoid", "silu", "sigmoid"), lambda name, a, out: (name, {}))
     | {"mean": _mean, "cat": _cat}
 )
 READ_CONSTANTS = {"add", "mul", "cat"}  # ops with constants among their operands: these become nodes
