@@ -37,7 +37,8 @@ class Predicted:
         if not any(hard.values()) or ("alone" in told[True][1] and "alone" not in told[False][1]):
             del told[True]
         self.rates = {key: {name: choice.rate for name, choice in found.items()} for key, (found, _) in told.items()}
-        self.legal = {name: [s for s in found if self._lives(name, s, dead)] for name, found in legal.items()}
+        alive = {name: [s for s in found if self._lives(name, s, dead)] for name, found in legal.items()}
+        self.legal = legal = {name: found for name, found in alive.items() if found}
         steps = latency.predict_layers(graph, {})
         self.dense_ms, self.rest = float(steps.ms.sum()), float(steps.ms[~steps.layer.isin(legal)].sum())
         self.ms, self.drops = ({name: {} for name in legal} for _ in range(2))
