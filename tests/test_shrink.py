@@ -261,7 +261,7 @@ def test_groups_go_as_a_whole():
     agrees(model, torch.randn(X))
 
 
-@pytest.mark.parametrize("gate", [nn.Hardsigmoid(), nn.Sigmoid()])
+@pytest.mark.parametrize("gate", [nn.Hardsigmoid(), nn.Sigmoid(), nn.Softplus()])
 def test_squeeze_and_excite(gate):
     """The gate's channels go with those it scales, unless PyTorch computes it."""
 
@@ -270,7 +270,7 @@ def test_squeeze_and_excite(gate):
         return last(x * gate(up(F.relu(down(F.adaptive_avg_pool2d(x, 1))))))
 
     layers = conv(8, 3, 3, gone=[1]), conv(3, 8, unread=[5, 6]), conv(8, 3), gate, conv(4, 8, unread=[6, 7])
-    wide = 6 if isinstance(gate, nn.Hardsigmoid) else 8
+    wide = 8 if isinstance(gate, nn.Softplus) else 6
     model = Lambda(forward, *layers)
     assert sizes(shrunk(model, torch.randn(X))) == [(wide, 3), (3, wide), (wide, 3), (4, wide)]
     agrees(model, torch.randn(X))
