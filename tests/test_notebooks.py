@@ -80,3 +80,31 @@ def test_a_live_notebook_can_run_on_what_was_measured_before(tmp_path, monkeypat
     monkeypatch.setenv("NBS_RESULTS", str(tmp_path))
     assert reproduce.main(["--only", "_template", "--cached", "-p", "size=7"]) == 0
     assert json.loads((tmp_path / "quick" / "_template" / "run.json").read_text())["device"] == "simulated"
+
+
+ENGINES = {"nps_tab1_frameworks": "best_dense", "nps_fig34_accuracy_latency": "dense"}
+
+
+@pytest.mark.parametrize("notebook", ENGINES)
+def test_engines_that_did_not_run_are_not_beaten(notebook, tmp_path, monkeypatch, as_before):
+    """With ours and slower engines alone on record nothing is won over the others; with none, the notebook says so."""
+    file, data = paths.data_dir() / "measured" / "host" / "peers.csv", tmp_path / "data"
+    (data / "measured" / "host").mkdir(parents=True)
+    (data / "paper").symlink_to(paths.data_dir() / "paper")
+    monkeypatch.setenv("NBS_RESULTS", str(tmp_path))
+    monkeypatch.chdir(paths.root())
+    (job,) = reproduce.find_jobs([notebook], "quick", True, {}, timeout_s=240)
+    monkeypatch.setattr(paths, "data_dir", lambda: data)
+    with pytest.raises(RuntimeError, match=r"peers.csv: run ./reproduce.sh peers. Got none"):
+        run_cells(job)
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    slow = rows[rows["engine"].str.startswith("prunemap") | rows["engine"].isin(["mnn", "pytorch"])]
+    slow.to_csv(data / "measured" / "host" / "peers.csv", index=False)
+    run_cells(job)
+    claims = pd.read_csv(paths.results_dir("quick", notebook) / "claims.csv").set_index("id")
+    prefix = "_".join(notebook.split("_")[:2])
+    assert claims.verdict[f"{prefix}_{ENGINES[notebook]}"] == "cannot be tested here"
+    assert "did not run: " in claims.note[f"{prefix}_{ENGINES[notebook]}"]
+    if prefix == "nps_tab1":
+        assert claims.verdict[["nps_tab1_tflite", "nps_tab1_tvm", "nps_tab1_pytorch"]].eq("cannot be tested here").all()
+        assert claims.verdict["nps_tab1_mnn"] != "cannot be tested here"

@@ -24,7 +24,8 @@ class Predicted:
     microseconds; `latency.predict` of what is found is the whole network's. `legal`: as `legal_schemes`, at the goal's
     rate, of convolutions, without what is likely to leave more than the share `dead` of a layer's filters or channels
     without a weight (`Filter` and `Channel` do), and without patterns where no mapping with them leaves the row's MACs.
-    `drops` are those of `exact_mapping`, to which `self` is the latency model, at `exact_weight`."""
+    `drops` are those of `exact_mapping`, to which `self` is the latency model, at `exact_weight`; where patterns change
+    the rates of other layers, the solver may mix both, so that what it finds is a bound and no candidate."""
 
     def __init__(self, graph, latency, goal: dict, schemes=SCHEMES, weight=0.2, slope=SLOPE, dead=0.15):
         self.graph, self.weight, self.slope, self.goal = graph, weight, slope, goal
