@@ -20,13 +20,11 @@ import pandas as pd
 import torch
 
 import nbs_lib as nbs
+from benchmarks.peers.subject import RATES, REMAINING
 from nbs_lib import clock
 from nbs_lib.kernels.peak import peak_gmacs
 from nbs_lib.measure.peers import PEERS
 from nbs_lib.models import build
-
-RATES = {"vgg16": 8.2, "resnet18": 5.3, "resnet50": 4.4, "mobilenet_v2": 1.8}  # NPS Table 1; mapping Table 4
-REMAINING = {"vgg16": (8.22, 3.5e9), "resnet50": (4.37, 1.6e9), "mobilenet_v2": (1.82, 165e6)}  # mapping Table 4
 
 
 def mapping_of(graph: nbs.Graph, name: str, kind: str) -> nbs.Mapping:

@@ -138,18 +138,23 @@ def _calls_per_sample(timer: Timer, warmup: int, min_sample_ms: float) -> int:
     return calls
 
 
+def turn_order(names: list[str], turn: int) -> list[str]:
+    """The order of round `turn`: it rotates every round and turns round after each cycle (ABBA for two)."""
+    return np.roll(names, -turn)[:: -1 if turn // len(names) % 2 else 1].tolist()
+
+
 def alternate(contenders: dict, rounds=20, warmup=3, min_sample_ms=1.0, settle=1, adaptive=False) -> Comparison:
     """Time several callables against each other, one sample each per round, so that drift hits all alike.
 
-    A sample is as many calls as last `min_sample_ms`. The order rotates every round and turns round after each cycle
-    (ABBA for two). `settle` untimed calls before each sample refill that contender's caches while the previous one's
-    worker threads go to sleep. `adaptive`: from 20 rounds on, stop as soon as every MAD is below 2 % of the median."""
+    A sample is as many calls as last `min_sample_ms`. The order is that of `turn_order`. `settle` untimed calls before
+    each sample refill that contender's caches while the previous one's worker threads go to sleep. `adaptive`: from 20
+    rounds on, stop as soon as every MAD is below 2 % of the median."""
     timers = {name: Timer(fn, timer=perf_counter_ns) for name, fn in contenders.items()}  # no garbage is collected
     names, samples = list(contenders), {name: [] for name in contenders}
     with lock():
         calls = {name: _calls_per_sample(timer, warmup, min_sample_ms) for name, timer in timers.items()}
         for turn in range(rounds):
-            for name in np.roll(names, -turn)[:: -1 if turn // len(names) % 2 else 1].tolist():
+            for name in turn_order(names, turn):
                 timers[name].timeit(settle)
                 samples[name].append(timers[name].timeit(calls[name]) / calls[name] / 1e6)
             if adaptive and turn >= 19 and all(Timing(values).steady for values in samples.values()):

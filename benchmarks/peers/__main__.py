@@ -22,6 +22,8 @@ from benchmarks.peers.subject import NETWORKS
 from nbs_lib import paths
 from nbs_lib.models import MODELS
 
+SHOWN = ["engine", "engine_version", "reached_rate", "median_ms", "mad_ms", "ratio", "ratio_lo", "ratio_hi", "error"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -44,18 +46,7 @@ def main() -> None:
                 print(f"{network}, {threads} thread(s): {', '.join(names) or 'all there'}", flush=True)
                 continue
             rows = contest(network, threads, args.csv, names, args.rounds, say=lambda text: print(text, flush=True))
-            shown = [
-                "engine",
-                "engine_version",
-                "reached_rate",
-                "median_ms",
-                "mad_ms",
-                "ratio",
-                "ratio_lo",
-                "ratio_hi",
-                "error",
-            ]
-            print(rows[shown].round(3).to_string(index=False, na_rep=""), flush=True)
+            print(rows[SHOWN].round(3).to_string(index=False, na_rep=""), flush=True)
 
 
 if __name__ == "__main__":

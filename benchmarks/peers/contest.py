@@ -59,9 +59,7 @@ def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, fold
     with clock.lock(), clock.pin(threads), contextlib.ExitStack() as closing:
         for variant in variants:  # one at a time in our memory
             subject = Subject(network, variant, folder)
-            for name, peer in peers.items():
-                if peer.variant != variant:
-                    continue
+            for name, peer in [(name, peer) for name, peer in peers.items() if peer.variant == variant]:
                 rows[name] = record.row(name, peer, network, threads, turns) | {"ok": False}
                 try:
                     rows[name] |= record.about(subject, threads)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from benchmarks.peers.environment import PeerFailed
 from nbs_lib import clock
 
@@ -11,7 +9,7 @@ WARMUP = 3  # untimed calls of each, before the first round
 
 
 def alternate(samplers: dict[str, Callable], rounds=20, settle=3) -> tuple[clock.Comparison, dict[str, str]]:
-    """`clock.alternate` for processes: same lock, same order (it rotates every round, and turns after each cycle).
+    """`clock.alternate` for processes: same lock, same order.
 
     `samplers`: name -> (settle -> ms of one call after `settle` untimed ones, which fill its caches again). Returns
     their timings and {name: error} of those that failed on the way."""
@@ -20,8 +18,7 @@ def alternate(samplers: dict[str, Callable], rounds=20, settle=3) -> tuple[clock
     samples, errors = {name: [] for name in samplers}, {}
     with clock.lock():
         for turn in range(-1, rounds):  # -1: the warm-up
-            names = list(samplers)
-            for name in np.roll(names, -turn)[:: -1 if turn // len(names) % 2 else 1].tolist():
+            for name in clock.turn_order(list(samplers), turn):
                 if name in errors:
                     continue
                 try:

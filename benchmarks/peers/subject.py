@@ -70,6 +70,8 @@ class Subject:
     def _pruned(self) -> tuple[torch.nn.Module, nbs.Mapping, nbs.Graph]:
         torch.manual_seed(self.seed)
         model = build(self.name).eval().requires_grad_(False)
+        for weight in model.parameters():
+            weight[weight.abs() < 1e-30] = 0  # denormals slow everybody
         graph, (conv, linear) = nbs.trace(model, self.x), VARIANTS[self.variant]
         if self.variant == "paper":
             mapping = nbs.paper_mapping(graph, *REMAINING[self.name], conv=conv, linear=linear)
@@ -80,9 +82,7 @@ class Subject:
         if conv and not any(graph[layer].kind == "conv" for layer in mapping):
             raise ValueError(f"Expected CONV layers of {self.name} that {conv} can prune. Got none.")
         nbs.prune(model, mapping)
-        for weight in model.parameters():
-            weight[weight.abs() < 1e-30] = 0  # denormals slow everybody
-        return model, mapping, nbs.trace(model, self.x)
+        return model, mapping, nbs.trace(model, self.x) if mapping else graph
 
     model = property(lambda self: self._pruned[0])
     mapping = property(lambda self: self._pruned[1])

@@ -169,8 +169,7 @@ def operations(width: int) -> SimpleNamespace:
         single = builder.insert_element(ir.Constant(register, ir.Undefined), scalar, INT(0))
         return lanes([0] * width)(builder, single, single)
 
-    @operation(vector, vector, vector, vector)
-    def fma(builder, a, b, c):
+    def fused(builder, a, b, c):
         kind = ir.FunctionType(register, [register] * 3)
         return builder.call(builder.module.declare_intrinsic(f"llvm.fma.v{width}f32", fnty=kind), [a, b, c])
 
@@ -196,26 +195,25 @@ def operations(width: int) -> SimpleNamespace:
         """1 / (1 + exp(-a)) to some 1e-7, NaN kept. exp(r + n ln 2) is 2 ** n times exp(r), a polynomial (Cephes).
 
         Adding MAGIC leaves n in the lowest bits, from where it goes to those of the exponent. From 88 on it is inf."""
-        kind = ir.FunctionType(register, [register] * 3)
-        fused = builder.module.declare_intrinsic(f"llvm.fma.v{width}f32", fnty=kind)
         a = builder.fmul(a, constant(-1.0))
         infinite = builder.fcmp_ordered(">", a, constant(88.0))
         a = clamped(builder, a, -87.0, 88.0)
-        moved = builder.call(fused, [a, constant(1 / np.log(2)), constant(MAGIC)])
+        moved = fused(builder, a, constant(1 / np.log(2)), constant(MAGIC))
         n = builder.fsub(moved, constant(MAGIC))
-        r = builder.call(fused, [n, constant(-0.693359375), a])
-        r = builder.call(fused, [n, constant(2.12194440e-4), r])
+        r = fused(builder, n, constant(-0.693359375), a)
+        r = fused(builder, n, constant(2.12194440e-4), r)
         value = constant(EXP[0])
         for coefficient in (*EXP[1:], 1.0, 1.0):
-            value = builder.call(fused, [value, r, constant(coefficient)])
+            value = fused(builder, value, r, constant(coefficient))
         power = builder.shl(builder.bitcast(moved, bits), ir.Constant(bits, [23] * width))
         power = builder.bitcast(builder.add(power, ir.Constant(bits, [127 << 23] * width)), register)
         value = builder.select(infinite, constant(float("inf")), builder.fmul(value, power))
         return builder.fdiv(constant(1.0), builder.fadd(value, constant(1.0)))
 
     return SimpleNamespace(
-        load=load, store=store, load_mask=load_mask, store_kept=store_kept, gather=gather, splat=splat, fma=fma,
-        total=total, add=binary(lambda b, x, y: b.fadd(x, y)), mul=binary(lambda b, x, y: b.fmul(x, y)),
+        load=load, store=store, load_mask=load_mask, store_kept=store_kept, gather=gather, splat=splat,
+        fma=operation(vector, vector, vector, vector)(fused), total=total,
+        add=binary(lambda b, x, y: b.fadd(x, y)), mul=binary(lambda b, x, y: b.fmul(x, y)),
         maximum=binary(lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x)),
         minimum=binary(lambda b, x, y: b.select(b.fcmp_ordered("<", y, x), y, x)),
         largest=binary(lambda b, x, y: b.select(b.or_(b.fcmp_ordered(">", y, x), b.fcmp_unordered("uno", y, y)), y, x)),
