@@ -15,7 +15,8 @@ from benchmarks.peers.environment import PeerFailed, python_of
 from benchmarks.peers.rounds import WARMUP, alternate
 from benchmarks.peers.subject import Subject, exists
 from benchmarks.peers.worker import Worker
-from nbs_lib import clock
+from nbs_lib import clock, paths
+from nbs_lib.measure import cache, schema
 
 
 def parts(names: list[str], weight_bytes: int, free_bytes: int) -> list[list[str]]:
@@ -50,6 +51,25 @@ def contest(
     return pd.concat(done, ignore_index=True)
 
 
+def results(networks, threads: int, names: list[str], rounds: int, live: bool, keep: bool) -> pd.DataFrame:
+    """What a notebook draws: `record.latest` of `networks` and `threads`. `live`: `names` take turns now, and their
+    rows join the file on record if `keep`. Otherwise that file is read. RuntimeError where it has no such network."""
+    file = paths.data_dir() / "measured" / "host" / "peers.csv"
+    if live:
+        with TemporaryDirectory() as folder:
+            target = file if keep else Path(folder) / "peers.csv"
+            found = [contest(network, threads, target, names, rounds) for network in networks]
+        rows = pd.concat(found, ignore_index=True)
+    else:
+        rows = cache.read(file, schema.CONTENDED) if file.exists() else schema.CONTENDED.frame([])
+    rows = record.latest(rows)
+    rows = rows[rows["model"].isin(list(networks)) & (rows["threads"] == threads)]
+    if rows.empty:
+        known = f"{list(networks)}, {threads} thread(s)"
+        raise RuntimeError(f"Expected rows of {known}, in {file}: run ./reproduce.sh peers. Got none.")
+    return rows
+
+
 def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, folder: Path, say: Callable) -> list[dict]:
     turns, rows, workers = secrets.token_hex(4), {}, {}
     variants = dict.fromkeys(peer.variant for peer in peers.values())
@@ -59,10 +79,10 @@ def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, fold
     with clock.lock(), clock.pin(threads), contextlib.ExitStack() as closing:
         for variant in variants:  # one at a time in our memory
             subject = Subject(network, variant, folder)
+            about = record.about(subject, threads)
             for name, peer in [(name, peer) for name, peer in peers.items() if peer.variant == variant]:
-                rows[name] = record.row(name, peer, network, threads, turns) | {"ok": False}
+                rows[name] = record.row(name, peer, network, threads, turns) | about | {"ok": False}
                 try:
-                    rows[name] |= record.about(subject, threads)
                     model, wanted = subject.file(peer.module.FORM), subject.wanted
                     workers[name] = Worker(peer, model, subject.x.numpy(), wanted, threads)
                     closing.callback(workers[name].close)
