@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 import nbs_lib as nbs
+from benchmarks.peers.in_process import PEERS
 from benchmarks.peers.subject import RATES, REMAINING
 from nbs_lib import clock
 from nbs_lib.kernels.peak import peak_gmacs
-from nbs_lib.measure.peers import PEERS
 from nbs_lib.models import build
 
 

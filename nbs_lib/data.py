@@ -103,20 +103,16 @@ class Data:
 
 
 def load_data(
-    name: str = "digits",
-    batch_size: int = 128,
-    size: int | None = None,
-    augment: bool = True,
-    skip_bad: bool = False,
-    device: str | torch.device | None = None,
+    name: str = "digits", batch_size: int = 128, size: int | None = None, augment=True, skip_bad=False, device=None
 ) -> Data:
     """The data set called `digits`, `cifar10`, `cifar100` or `folder:<path>`, decoded once and held in memory.
 
     size: pixels an edge; images of a folder are scaled and cut to it (by default all must have one size), digits are
     scaled (by default to 32). augment: random shifts by an eighth of an edge, and mirroring, but not of digits.
-    skip_bad: leave out images that cannot be read, with a warning that names them, instead of raising.
-    Decoded folders are kept in the cache folder. Raises KeyError for an unknown name, FileNotFoundError for missing
-    data and ValueError for what is damaged or mislabelled; each names the file and what is to be done."""
+    skip_bad: leave out images that cannot be read, with a warning that names them, instead of raising. device: where
+    the images lie, by default the GPU, if there is one with room. Decoded folders are kept in the cache folder.
+    Raises KeyError for an unknown name, FileNotFoundError for missing data and ValueError for what is damaged or
+    mislabelled; each names the file and what is to be done."""
     kind, _, path = name.partition(":")
     if kind not in SOURCES or (kind == "folder") != bool(path):
         raise KeyError(f"Expected a data set out of digits, cifar10, cifar100 or folder:<path>. Got {name!r}.")
@@ -126,12 +122,11 @@ def load_data(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and 2 * sum(part[0].nbytes for part in (train, test)) > torch.cuda.mem_get_info(device)[0]:
         device = torch.device("cpu")  # the network needs the rest; `fit` moves batch by batch
-    batches = partial(Batches, batch_size=batch_size)
     train, test = ((images.to(device), labels.to(device)) for images, labels in (train, test))
     crop = train[0].shape[2] // 8 if augment else 0
-    shuffled = batches(*train, shuffle=True, crop=crop, flip=augment and kind != "digits")
+    shuffled = Batches(*train, batch_size, shuffle=True, crop=crop, flip=augment and kind != "digits")
     name += f", {size} px" if size else ""
-    return Data(name, shuffled, batches(*test), tuple(classes), tuple(skipped))
+    return Data(name, shuffled, Batches(*test, batch_size), tuple(classes), tuple(skipped))
 
 
 def _digits(_path: str, size: int | None, _skip_bad: bool):

@@ -5,7 +5,6 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +17,11 @@ from tqdm.auto import tqdm
 
 from nbs_lib.paths import reading, write_atomic
 
-SCHEDULES = ("cosine", "one_cycle", "constant")
+SCHEDULES = {  # of the learning rate: (optimizer, steps) -> scheduler
+    "cosine": lr_scheduler.CosineAnnealingLR,
+    "one_cycle": lambda o, steps: lr_scheduler.OneCycleLR(o, o.defaults["lr"], steps + 1, cycle_momentum=False),
+    "constant": lambda o, steps: lr_scheduler.ConstantLR(o, 1.0),
+}
 
 
 class Hook:
@@ -87,7 +90,7 @@ def fit(
     mixed, channels_last = (pays if value is None else value for value in (mixed, channels_last))
     model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     optimizer = _optimizer(model, lr, momentum, weight_decay)
-    scheduler, averaged = _scheduler(optimizer, schedule, lr, max(1, epochs * steps)), None
+    scheduler, averaged = SCHEDULES[schedule](optimizer, max(1, epochs * steps)), None
     parts = dict(hook=hook, model=model, optimizer=optimizer, scheduler=scheduler)  # a hook may refuse its state
     if average:
         ema = swa_utils.get_ema_multi_avg_fn(average)
@@ -95,7 +98,7 @@ def fit(
     settings = dict(epochs=epochs, steps=steps, seed=seed, lr=lr, momentum=momentum, weight_decay=weight_decay)
     settings |= dict(schedule=schedule, label_smoothing=label_smoothing, average=average, mixed=mixed)
     settings |= {"data": data.name} if hasattr(data, "name") else {}
-    run = _Run(model, optimizer, scheduler, averaged, hook, device, mixed, channels_last, label_smoothing, lr)
+    how = dict(mixed=mixed, channels_last=channels_last, label_smoothing=label_smoothing)
     safe = _snapshot(parts)
     try:
         rows = _resume(checkpoint, parts, settings)
@@ -104,7 +107,7 @@ def fit(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
             for epoch in range(len(rows) + 1, epochs + 1):
                 torch.manual_seed(hash((seed, epoch)))  # an epoch draws the same whether it is reached or resumed
-                row = run.epoch(data.train, epoch, bar)
+                row = _train_once(model, data.train, optimizer, scheduler, averaged, hook, epoch, bar, **how)
                 extra = {name: float(value) for name, value in hook.epoch(epoch, epochs).items()}
                 if test_every and (epoch == epochs or epoch % test_every == 0):
                     row["test_accuracy"] = evaluate(averaged.module if average else model, data, progress=False)
@@ -128,55 +131,39 @@ def fit(
     return pd.DataFrame(rows)
 
 
-@dataclass(eq=False)
-class _Run:
-    """What an epoch of `fit` needs; `lr` is the learning rate asked for, the optimizer has the one of the step."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: lr_scheduler.LRScheduler
-    averaged: swa_utils.AveragedModel | None
-    hook: Hook
-    device: torch.device
-    mixed: bool
-    channels_last: bool
-    label_smoothing: float
-    lr: float
-
-    def epoch(self, batches, number: int, bar: tqdm) -> dict:
-        """Train once over the batches; the row of the history, its test accuracy NaN."""
-        started, total, right, seen, used = time.perf_counter(), 0.0, 0, 0, self.lr
-        self.model.train()
-        for batch, (images, labels) in enumerate(batches):
-            images, labels = images.to(self.device), labels.to(self.device)
-            if self.channels_last and images.ndim == 4:
-                images = images.contiguous(memory_format=torch.channels_last)
-            loss, hits = self.step(images, labels)
-            used = self.optimizer.param_groups[0]["lr"]
-            self.hook.step(used)
-            self.scheduler.step()
-            if self.averaged:
-                self.averaged.update_parameters(self.model)
-            total, right = total + loss * len(labels), right + hits
-            seen += len(labels)
-            bar.update()
-            if batch % 50 == 0:  # not always: on a GPU it waits
-                _check_finite(total, number, self.lr)
-        weights = sum(p.detach().abs().sum() for p in self.model.parameters())
-        _check_finite(total + 0 * weights, number, self.lr)  # the last step may have spoilt them
-        speed = seen / (time.perf_counter() - started)
-        row = {"epoch": number, "lr": used, "loss": float(total) / seen, "train_accuracy": int(right) / seen}
-        return row | {"test_accuracy": float("nan"), "images_per_s": speed}
-
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step of the optimizer: the batch's mean loss without the hook's penalty, and how many it got right."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        (loss + self.hook.penalty()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach(), (logits.argmax(1) == labels).sum()
+def _train_once(
+    model, batches, optimizer, scheduler, averaged, hook, epoch: int, bar, mixed, channels_last, label_smoothing
+) -> dict:
+    """Train over all batches, on the model's device; the row of the history, its test accuracy NaN, its loss without
+    the hook's penalty."""
+    started, total, right, seen = time.perf_counter(), 0.0, 0, 0
+    device, lr = _device(model), optimizer.defaults["lr"]  # the one asked for, not the step's
+    model.train()
+    for batch, (images, labels) in enumerate(batches):
+        images, labels = images.to(device), labels.to(device)
+        if channels_last and images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        (loss + hook.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        used = optimizer.param_groups[0]["lr"]
+        hook.step(used)
+        scheduler.step()
+        if averaged:
+            averaged.update_parameters(model)
+        total, right = total + loss.detach() * len(labels), right + (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        bar.update()
+        if batch % 50 == 0:  # not always: on a GPU it waits
+            _check_finite(total, epoch, lr)
+    weights = sum(p.detach().abs().sum() for p in model.parameters())
+    _check_finite(total + 0 * weights, epoch, lr)  # the last step may have spoilt them
+    speed = seen / (time.perf_counter() - started)
+    row = {"epoch": epoch, "lr": used, "loss": float(total) / seen, "train_accuracy": int(right) / seen}
+    return row | {"test_accuracy": float("nan"), "images_per_s": speed}
 
 
 @torch.no_grad()
@@ -248,14 +235,6 @@ def _optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float
     optimizer = torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     optimizer.zero_grad()  # what an interrupted call, or the caller, has left
     return optimizer
-
-
-def _scheduler(optimizer, schedule: str, lr: float, steps: int):
-    if schedule == "one_cycle":
-        return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, cycle_momentum=False)
-    if schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
 def _check_finite(total: torch.Tensor, epoch: int, lr: float) -> None:

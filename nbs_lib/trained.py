@@ -154,11 +154,10 @@ class Setting:
         layers = {name: replace(layer, weight=weights[name]) for name, layer in graph.layers.items()}
         rates = replace(graph, layers=layers).rates()
         summary, history = masks.summary(), masks.history
-        found = {"accuracy": evaluate(model, self.data(), progress=False), "total_epochs": len(history)}
-        found |= {"reached_rate": masks.rate, "conv_rate": rates.conv}
-        found |= {"weight_rate": rates.weights, "mac_rate": rates.macs}
+        found = {"accuracy": evaluate(model, self.data(), progress=False), "reached_rate": masks.rate}
+        found |= {"conv_rate": rates.conv, "weight_rate": rates.weights, "mac_rate": rates.macs}
         shown = {row.layer: [row.scheme, row.rate] for row in summary.itertuples()}
-        found["layer_rates"] = json.dumps(shown, separators=(",", ":"))
+        found |= {"layer_rates": json.dumps(shown, separators=(",", ":")), "total_epochs": len(history)}
         for name in ("lam", "primal_residual"):
             if name in history:
                 found[name] = history[name].dropna().iloc[-1]
@@ -194,14 +193,7 @@ def _data(dataset: str, size: int, train_images: int) -> Data:
     return data.subset(train_images) if train_images else data
 
 
-def accuracies(
-    settings: list[Setting],
-    live: bool = False,
-    record: bool = False,
-    jobs: int = 1,
-    cache: str | Path | None = None,
-    progress: bool = True,
-) -> pd.DataFrame:
+def accuracies(settings: list[Setting], live=False, record=False, jobs=1, cache=None, progress=True) -> pd.DataFrame:
     """A row for every setting, in their order: of `data/trained/`, or else trained now where `live`.
 
     A setting that is neither on record nor trained is a row that is not ok and says so. record: append what is trained,
@@ -215,8 +207,8 @@ def accuracies(
         threads = max(1, torch.get_num_threads() // jobs)
         spawn = multiprocessing.get_context("spawn")  # forks of a process with running threads hang
         with ProcessPoolExecutor(jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            first = {tuple(getattr(s, name) for name in DENSE_NAMES): s for s in missing}
-            wait([pool.submit(s.dense) for s in first.values()])  # each once, before several want the same
+            first = {setting.key(): setting for setting in missing}
+            wait([pool.submit(setting.dense) for setting in first.values()])  # each once, before several want the same
             futures = [pool.submit(setting.run) for setting in missing]
             for future in tqdm(as_completed(futures), "Training", len(futures), disable=not progress):
                 row = TRAINED.frame([future.result()])

@@ -1,4 +1,4 @@
-"""Measuring: the schema's rules, a cache that survives kills and garbage, devices, peers. Never milliseconds."""
+"""Measuring: the schema's rules, a cache that survives kills and garbage, devices. Never milliseconds."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from nbs_lib.layers import Graph
-from nbs_lib.measure import DEVICES, cache, compare, host, measure, peers, schema
+from nbs_lib.measure import DEVICES, cache, compare, host, measure, schema
 from nbs_lib.measure.simulated import ROOFLINES, Roofline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -472,65 +472,3 @@ def test_simulated_fingerprint_follows_its_parameters():
     phone = ROOFLINES["phone"]
     other = Roofline("phone", phone.peak_gmacs + 1, phone.bandwidth_gbs, phone.cores, phone.overhead_us)
     assert phone.provenance("x")["fingerprint"] != other.provenance("x")["fingerprint"]
-
-
-# --- peers ---
-
-
-@pytest.fixture(scope="module")
-def cnn():
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    nn = torch.nn
-    model = nn.Sequential(nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.Dropout(), nn.Conv2d(7, 9, 1))
-    model[1].running_mean.uniform_(-1, 1)
-    model[4].weight.data[0] = 1e-35
-    return model.train(), torch.randn(2, 3, 9, 13)
-
-
-@pytest.mark.parametrize("name", peers.PEERS)
-def test_peer_agrees_with_the_module_and_leaves_it_alone(name, cnn):
-    torch = pytest.importorskip("torch")
-    if name == "onnxruntime":
-        pytest.importorskip("onnxruntime")
-    model, x = cnn
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    threads = torch.get_num_threads()
-    peer = peers.PEERS[name](model, x, threads=1)
-    got = peer(x.numpy())
-    assert model.training and torch.get_num_threads() == threads
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with torch.inference_mode():
-        wanted = model.eval()(x).numpy()
-    model.train()
-    assert isinstance(got, np.ndarray) and got.dtype == np.float32
-    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
-    assert peer.engine == f"{name} {peer.version}" and peer.threads == 1
-    row = measure(peer, runs=2, warmup=0).iloc[0]
-    assert row.ok and (row.engine, row.engine_version) == (name, peer.version)
-
-
-def test_peer_with_several_inputs_and_outputs():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("onnxruntime")
-
-    class Two(torch.nn.Module):
-        def forward(self, a, b):
-            return a + b, a * b
-
-    inputs = (torch.full((2, 3), 2.0), torch.full((2, 3), 5.0))
-    for make in peers.PEERS.values():
-        total, product = make(Two(), inputs)(*(value.numpy() for value in inputs))
-        assert (total == 7).all() and (product == 10).all()
-
-
-def test_peer_that_disagrees_is_refused(monkeypatch, cnn):
-    ort = pytest.importorskip("onnxruntime")
-
-    class Liar(ort.InferenceSession):
-        def run(self, names, feeds):
-            return [output * 1.01 for output in super().run(names, feeds)]
-
-    monkeypatch.setattr(ort, "InferenceSession", Liar)
-    with pytest.raises(ValueError, match="agree with PyTorch"):
-        peers.onnxruntime(*cnn)

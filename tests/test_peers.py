@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import onnxruntime as ort
 import pandas as pd
 import psutil
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import nbs_lib as nbs
 from benchmarks.peers import contest as contests
-from benchmarks.peers import environment, record, worker
+from benchmarks.peers import environment, in_process, record, worker
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.catalogue import ENGINES, PEERS, Peer
 from benchmarks.peers.contest import contest, parts
@@ -21,7 +22,7 @@ from benchmarks.peers.environment import PeerFailed
 from benchmarks.peers.rounds import WARMUP, alternate
 from benchmarks.peers.subject import NETWORKS, RATES, VARIANTS, Subject
 from benchmarks.peers.worker import Worker
-from nbs_lib.measure import cache, host, schema
+from nbs_lib.measure import cache, host, measure, schema
 
 HEAD = """
 PACKAGE, REQUIREMENTS, FORM = "numpy", "", "npy"
@@ -358,3 +359,54 @@ def test_what_cannot_be_installed_says_so(tmp_path, monkeypatch):
     with pytest.raises(PeerFailed, match=r"not installed: Expected python3.0, the newest"):
         environment.python_of(Peer(file))
     assert not (tmp_path / "engines/absent/made.txt").exists() and contests.PEERS is PEERS
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    torch.manual_seed(0)
+    nn = torch.nn
+    model = nn.Sequential(nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.Dropout(), nn.Conv2d(7, 9, 1))
+    model[1].running_mean.uniform_(-1, 1)
+    model[4].weight.data[0] = 1e-35
+    return model.train(), torch.randn(2, 3, 9, 13)
+
+
+@pytest.mark.parametrize("name", in_process.PEERS)
+def test_peer_agrees_with_the_module_and_leaves_it_alone(name, cnn):
+    model, x = cnn
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    threads = torch.get_num_threads()
+    peer = in_process.PEERS[name](model, x, threads=1)
+    got = peer(x.numpy())
+    assert model.training and torch.get_num_threads() == threads
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.inference_mode():
+        wanted = model.eval()(x).numpy()
+    model.train()
+    assert isinstance(got, np.ndarray) and got.dtype == np.float32
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert peer.engine == f"{name} {peer.version}" and peer.threads == 1
+    row = measure(peer, runs=2, warmup=0).iloc[0]
+    assert row.ok and (row.engine, row.engine_version) == (name, peer.version)
+
+
+def test_peer_with_several_inputs_and_outputs():
+    class Two(torch.nn.Module):
+        def forward(self, a, b):
+            return a + b, a * b
+
+    inputs = (torch.full((2, 3), 2.0), torch.full((2, 3), 5.0))
+    for make in in_process.PEERS.values():
+        total, product = make(Two(), inputs)(*(value.numpy() for value in inputs))
+        assert (total == 7).all() and (product == 10).all()
+
+
+def test_peer_that_disagrees_is_refused(monkeypatch, cnn):
+
+    class Liar(ort.InferenceSession):
+        def run(self, names, feeds):
+            return [output * 1.01 for output in super().run(names, feeds)]
+
+    monkeypatch.setattr(ort, "InferenceSession", Liar)
+    with pytest.raises(ValueError, match="agree with PyTorch"):
+        in_process.onnxruntime(*cnn)

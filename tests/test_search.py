@@ -24,9 +24,9 @@ from nbs_lib.mapping.evaluate import Evaluator, global_rates, hold_out, mapping_
 from nbs_lib.mapping.exact import exact_mapping
 from nbs_lib.mapping.live import Watch
 from nbs_lib.mapping.policy import Policy, Reinforce, Uniform, states
-from nbs_lib.mapping.predicted import Predicted
 from nbs_lib.mapping.search import SCHEMES, Search, legal_schemes, paired_bootstrap, search_mapping
 from nbs_lib.schemes import Block, BlockPunched, Channel, Filter, Pattern
+from notebooks.beside.map_tab04_patdnn import Predicted
 
 FEW = (Filter(), Channel(), Pattern(8), BlockPunched(2, 2), BlockPunched(4, 1), Block(2, 2))
 

@@ -28,10 +28,10 @@ def rows(device="host", threads=1, budget_s=600.0, settings=512, file=None, prog
     if not (budget_s >= 0 and settings > 0):
         rule = "Expected a budget of 0 s or more and a number of settings above 0."
         raise ValueError(f"{rule} Got {budget_s}, {settings}.")
-    wanted, engine = spread(settings), f"prunemap {__version__}"
-    seal = DEVICES[device].provenance(engine)["fingerprint"]
-    places = (paths.data_dir(), paths.cache_dir())
-    places = [place / "measured" / device.replace(":", "-") / f"{MODEL}.csv" for place in places]
+    wanted = spread(settings)
+    seal = DEVICES[device].provenance(f"prunemap {__version__}")["fingerprint"]
+    name = Path("measured", device.replace(":", "-"), f"{MODEL}.csv")
+    places = [paths.data_dir() / name, paths.cache_dir() / name]
     file = Path(file) if file else places[-1]
     known = {}
     for place in dict.fromkeys([*places, file]):

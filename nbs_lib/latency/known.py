@@ -13,8 +13,7 @@ def known_model(threads=1, budget_s=15.0, settings=512) -> tuple[LatencyModel, s
     where not half of the settings are there then, the model is that of the CPU with the most rows on record, if it has
     more: its times are not this machine's, but which of a layer's schemes is faster is often the same. NoData where
     neither has enough."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a budget that was over: the words say what came of it
+    with warnings.catch_warnings(action="ignore"):  # of a budget that was over: the words say what came of it
         found, whose = rows("host", threads, budget_s, settings, progress=False), "this machine"
     folder = paths.data_dir() / "measured" / "host"
     if 2 * len(found) < settings and (file := folder / f"{MODEL}.csv").exists():

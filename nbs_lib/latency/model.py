@@ -55,8 +55,8 @@ class Curve:
         if self.theta is not None:
             kernel, optimizer = kernel.clone_with_theta(np.array(self.theta)), None
         self.process = GaussianProcessRegressor(kernel, alpha=1e-8, optimizer=optimizer, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound: the feature does not matter
+        # A length at its bound says that the feature does not matter.
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             self.process.fit((self.features - self.centre) / self.spread, np.log(self.ms / base))
         self.theta = self.process.kernel_.theta.tolist()
 
@@ -115,10 +115,9 @@ class LatencyModel:
             model = LatencyModel(schema.frame(data["rows"]), data["thetas"])
         here = DEVICES.get(model.device, DEVICES["host"]).provenance(f"prunemap {__version__}")
         if not any_machine and model.fingerprint != here["fingerprint"]:
-            raise ValueError(
-                f"Expected a latency model of this machine ({here.get('cpu', model.device)}, prunemap {__version__}). "
-                f"Got one of {model.cpu or model.device}, {model.engine}. any_machine=True takes it all the same."
-            )
+            ours = f"{here.get('cpu', model.device)}, prunemap {__version__}"
+            got = f"Got one of {model.cpu or model.device}, {model.engine}. any_machine=True takes it all the same."
+            raise ValueError(f"Expected a latency model of this machine ({ours}). {got}")
         return model
 
     def predict(self, graph: Graph, mapping: dict[str, Choice]) -> float:
@@ -176,10 +175,9 @@ class LatencyModel:
         self.curves = {}
         self.parts = _fit_simple([works[n] for n in simple], total[simple])
         for kind in WEIGHTED:
-            has = [kind in {work.kind for work, _ in row} for row in works]
-            own = [n for n, setting in enumerate(settings) if setting.stride == 1 and has[n]]
+            has = [any(work.kind == kind for work, _ in row) for row in works]
             terms, features, ms = [], [], []
-            for n in own:
+            for n in [at for at, setting in enumerate(settings) if setting.stride == 1 and has[at]]:
                 left = total[n] - sum(count * self._simple(work) for work, count in works[n] if work.kind != kind)
                 counts, mine = zip(*((count, work) for work, count in works[n] if work.kind == kind), strict=True)
                 shares = np.array(counts) / sum(counts)
@@ -192,7 +190,7 @@ class LatencyModel:
         strided, known = [], np.zeros(len(total))
         for n, row in enumerate(works):
             mine = [(work, count) for work, count in row if work.kind not in SIMPLE]
-            if n in simple or settings[n].stride == 1 or not mine:
+            if settings[n].stride == 1 or not mine:
                 continue
             with contextlib.suppress(NoData):
                 ms = self._times([work for work, _ in mine])[0]
@@ -231,13 +229,11 @@ def row_works(setting: TestModel) -> list[tuple[Work, float]]:
     image = 4.0 * into * (setting.H * setting.stride) ** 2  # bytes
     start, end = (move("copy", 2 * image), 1), (move("copy", 8.0 * last * setting.maps[-1] ** 2), 1)
     if setting.kind == "pointwise":
-        step = Work("pointwise", "affine", (2 * image, 1.0))
-        return [call, start, (step, LAYERS), end]
+        return [call, start, (Work("pointwise", "affine", (2 * image, 1.0)), LAYERS), end]
     if setting.kind == "pytorch":
         return [call, (Work("pytorch", "move", (image, 1.0)), LAYERS)]
     if setting.kind == "global_avg":
-        result = move("copy", 8.0 * P)
-        return [call, *((step, LAYERS) for step in (start[0], pool("mean", P, 0.0, image), result))]
+        return [call, *((step, LAYERS) for step in (start[0], pool("mean", P, 0.0, image), move("copy", 8.0 * P)))]
     if setting.kind == "max_pool2d":
         pools = [(pool("max_pool2d", float(P * size**2), 4.0, 0.0), 1) for size in setting.maps]
         return [call, start, *pools, end]

@@ -145,7 +145,7 @@ def _apart(setting: TestModel, seed: int) -> tuple[nn.Module, tuple[torch.Tensor
     if setting.kind == "pointwise":
         return nn.Sequential(*(nn.BatchNorm2d(P) for _ in range(LAYERS))).eval(), (x,)
     if setting.kind == "global_avg":
-        return _Apart(nn.AdaptiveAvgPool2d(1)).eval(), tuple(x + n for n in range(LAYERS))
+        return _Means().eval(), tuple(x + n for n in range(LAYERS))
     if setting.kind == "pytorch":
         return nn.Sequential(*(_Shift() for _ in range(LAYERS // 2))).eval(), (x,)
     return nn.Sequential(*(nn.MaxPool2d(2) for _ in setting.maps)).eval(), (x,)
@@ -158,15 +158,11 @@ class _Shift(nn.Module):
         return nn.functional.pad(x[:, 1:], (0, 0, 0, 0, 0, 1))
 
 
-class _Apart(nn.Module):
-    """One module on many inputs, each on its own."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
+class _Means(nn.Module):
+    """The means of many inputs, each on its own."""
 
     def forward(self, *inputs):
-        return tuple(self.module(x) for x in inputs)
+        return tuple(nn.functional.adaptive_avg_pool2d(x, 1) for x in inputs)
 
 
 def spread(count: int = 512) -> list[TestModel]:

@@ -83,25 +83,20 @@ def linear(scheme: Scheme | None, rate: float, P: int, Q: int) -> tuple[float, f
         mask, scale = _mask(scheme, rate, P, Q)
         matrix = mask.astype(np.float32)
         share = min(pack_neighbours(matrix, lanes)[2].size / mask.size * scale, 1.0)
-        ways = [(linear_cost(int(share * size), int(4 * share * size / lanes), lanes), share,
-                 4 * share * size * (1 + 1 / lanes), False)]  # fmt: skip
+        read = 4 * share * size * (1 + 1 / lanes)
+        ways = [(linear_cost(int(share * size), int(4 * share * size / lanes), lanes), share, read, False)]
         if Q <= 2**16 and (own := pack_filters(matrix, width)):
             share = own[2].size / mask.size * scale
-            cost = linear_cost(int(share * size), int(2 * share * size), None)
-            ways.append((cost, share, 6 * share * size, True))
+            ways.append((linear_cost(int(share * size), int(2 * share * size), None), share, 6 * share * size, True))
     return min(ways, key=lambda way: way[0])[1:]
 
 
-def split(choice: Choice | None) -> tuple[Scheme | None, float]:
-    """Scheme and rate, rounded so that samples are shared; (None, 1) for dense."""
-    return (None, 1.0) if choice is None else (choice.scheme, round(choice.rate, 2))
-
-
-def shrunk(layer: LayerSpec, choice: Choice | None) -> tuple[int, int, Choice | None]:
-    """(P, Q, what is left of the choice): whole filters and channels leave a layer and what remains of it is dense."""
-    if choice is None or choice.scheme.name not in ("filter", "channel"):
-        return layer.P, layer.Q, choice
+def shrunk(layer: LayerSpec, choice: Choice | None) -> tuple[int, int, Scheme | None, float]:
+    """(P, Q, scheme, rate) of what is left: whole filters and channels leave a layer and what remains of it is dense,
+    (None, 1). Rates are rounded so that samples are shared."""
     P, Q = layer.P, layer.Q
-    if choice.scheme.name == "filter":
-        return max(round(P / choice.rate), 1), Q, None
-    return P, max(round(Q / choice.rate), 1), None
+    if choice and choice.scheme.name == "filter":
+        return max(round(P / choice.rate), 1), Q, None, 1.0
+    if choice and choice.scheme.name == "channel":
+        return P, max(round(Q / choice.rate), 1), None, 1.0
+    return (P, Q, choice.scheme, round(choice.rate, 2)) if choice else (P, Q, None, 1.0)

@@ -39,9 +39,9 @@ class Work:
 def conv(layer: LayerSpec, choice: Choice | None, vectors: int, row: int, extra: int = 0, images: int = 1) -> Work:
     """A convolution over `vectors` registers of pixels per filter, whose rows are `row` floats apart; `extra`: images
     of P channels that its end reads (residuals)."""
-    P, Q, choice_left = structure.shrunk(layer, choice)
+    P, Q, scheme, rate = structure.shrunk(layer, choice)
     kernel, groups = (layer.Kh, layer.Kw), layer.groups
-    found = structure.conv(*structure.split(choice_left), P // groups, Q, kernel)
+    found = structure.conv(scheme, rate, P // groups, Q, kernel)
     weights, plane = P * Q * kernel[0] * kernel[1], layer.H * row * 4
     per_weight = sum(share * _plane_cycles(vectors, rows) for rows, share in found.lists)
     compute = images * (weights * per_weight + vectors * P)
@@ -70,8 +70,8 @@ def linear(layer: LayerSpec, choice: Choice | None, images: int = 1, chain: int 
     near cache since the last run; in a chain of that many alike, only what does not fit."""
     if images > 1:
         raise NoData(f"Expected fully connected layers on one vector, as measured. Got {images} in {layer.name}.")
-    P, Q, choice_left = structure.shrunk(layer, choice)
-    share, read, own = structure.linear(*structure.split(choice_left), P, Q)
+    P, Q, scheme, rate = structure.shrunk(layer, choice)
+    share, read, own = structure.linear(scheme, rate, P, Q)
     weights, far = share * P * Q, max(1 - NEAR_BYTES / (chain * read + 1), 0.0) if chain else 1.0
     features = (weights, read, P, 2.0 if own else 1.0, 1 + far)
     terms = (weights * (not own), weights * own, read, read * far, float(P), 1.0)
@@ -122,8 +122,7 @@ def network_works(graph: Graph, mapping: dict[str, Choice], threads: int = 1) ->
     works, nodes = [_step(step, graph, mapping) for step in plan.steps], {node.name: node for node in graph.nodes}
     for name in graph.outputs:
         if name not in plan.objects:
-            size = 4 * float(np.prod(nodes[name].shape))
-            works.append(move("copy", 2 * size, name="result"))
+            works.append(move("copy", 8.0 * float(np.prod(nodes[name].shape)), name="result"))
     return works
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -58,14 +57,7 @@ def _whole(size: int, step: int = 64) -> int:
 
 
 def layer_drops(
-    model,
-    data,
-    graph,
-    options: dict[str, Iterable[Choice | None]],
-    share: float = 0.1,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
+    model, data, graph, options: dict[str, Iterable[Choice | None]], share=0.1, seed=0, checkpoint=None, progress=True
 ) -> Drops:
     """Accuracy of the model less that with one layer pruned, by magnitude at the choice's rate and without retraining:
     in [-1, 1], negative where pruning helps.
@@ -84,20 +76,19 @@ def layer_drops(
     rows = read_checkpoint(checkpoint, "a checkpoint written by layer_drops", settings).get("drops", {})
     listed = {name: list(choices) for name, choices in options.items()}
     work = [(name, choice) for name, choices in listed.items() for choice in choices if choice is not None]
-    bar = tqdm(work, "Accuracy drops", disable=not progress, mininterval=1)
-    fitted, dense = {}, None
-    for name, choice in bar:
+    patterns, dense = {}, None
+    for name, choice in tqdm(work, "Accuracy drops", disable=not progress, mininterval=1):
         if (key := _key(name, choice)) in rows:
             continue
-        if isinstance(scheme := choice.scheme, Pattern) and scheme not in fitted:
+        if isinstance(scheme := choice.scheme, Pattern) and scheme not in patterns:
             alike = {name: each for name, each in work if each.scheme == scheme}
-            fitted[scheme] = next(iter(targets(model, alike).values())).choice.scheme
+            patterns[scheme] = targets(model, alike)[name].choice.scheme
         dense = evaluate(model, held, progress=False) if dense is None else dense
         weight, _ = find_weight(model, name)
         whole = weight.detach().clone()
         row = {"layer": name, "groups": graph[name].groups}  # where no module has them
         try:
-            prune(model, Mapping({name: Choice(fitted.get(scheme, scheme), choice.rate)}, [row]))
+            prune(model, Mapping({name: Choice(patterns.get(scheme, scheme), choice.rate)}, [row]))
             rows[key] = dense - evaluate(model, held, progress=False)
         finally:
             weight.data.copy_(whole)

@@ -26,8 +26,8 @@ from nbs_lib.measure import DEVICES, measure
 from nbs_lib.paths import read_checkpoint, write_atomic
 from nbs_lib.pruning import prune
 from nbs_lib.pruning.cut import over_all
-from nbs_lib.pruning.targets import Target, find_weight
-from nbs_lib.schemes import Choice, Pattern, Scheme, check_rate
+from nbs_lib.pruning.targets import Target, find_weight, fitted
+from nbs_lib.schemes import Choice, Scheme, check_rate
 from nbs_lib.train import evaluate
 
 Schemes = dict[str, Scheme]
@@ -40,18 +40,15 @@ def global_rates(graph, schemes: Schemes, rate: float) -> Mapping:
     dense and count. Linear layers get `rate` itself. Patterns are fitted over all their layers. Each layer keeps at
     least its strongest group. Raises KeyError for unknown layers, ValueError for a rate that the dense layers leave no
     room for, and as `Scheme.checked`."""
-    specs = {name: graph[name] for name in schemes}
-    for scheme in {s for s in schemes.values() if isinstance(s, Pattern) and s.patterns is None}:
-        fitted = scheme.fit(specs[name].weight for name, other in schemes.items() if other == scheme)
-        schemes = {name: fitted if other == scheme else other for name, other in schemes.items()}
+    targets = fitted({n: Target(graph[n].weight, Choice(s, 1.0), graph[n].groups) for n, s in schemes.items()})
     convs = {name for name, layer in graph.layers.items() if layer.kind != "linear"}
     total, dense = (sum(graph[name].params for name in names) for names in (convs, convs - schemes.keys()))
     kept = total / check_rate(rate) - dense
     if (pruned := convs & schemes.keys()) and kept <= 0:
         raise ValueError(f"Expected a CONV rate below {total / dense:.4g}, as some layers stay dense. Got {rate:g}.")
-    targets = {n: Target(specs[n].weight, Choice(schemes[n], 1.0), specs[n].groups) for n in schemes if n in pruned}
-    cut = over_all(targets, max(1.0, (total - dense) / kept)) if pruned else None
-    choices = {name: cut.choices[name] if name in pruned else Choice(schemes[name], rate) for name in schemes}
+    cut = {name: target for name, target in targets.items() if name in pruned}
+    choices = {name: Choice(target.choice.scheme, rate) for name, target in targets.items()}
+    choices |= over_all(cut, max(1.0, (total - dense) / kept)).choices if pruned else {}
     rows = candidates(graph, None, None, ())[1]
     for row in rows:
         if row["layer"] in schemes:
@@ -69,16 +66,13 @@ def hold_out(data: Data, share: float, seed: int = 0) -> Data:
     """Data whose `test` is `share` of the training images, as many of each class, and whose `train` is the others."""
     if not 0 < share < 1:
         raise ValueError(f"Expected to hold out a share in (0, 1) of the training images. Got {share!r}.")
-    labels, chosen = data.train.labels.cpu().numpy(), np.zeros(len(data.train.labels), bool)
-    rng = np.random.default_rng(seed)
+    images, labels = data.train.images, data.train.labels.cpu().numpy()
+    rng, held = np.random.default_rng(seed), torch.zeros(len(labels), dtype=torch.bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        chosen[members[: max(1, round(share * len(members)))]] = True
-    parts = [torch.from_numpy(np.flatnonzero(part)).to(data.train.images.device) for part in (~chosen, chosen)]
-    train, test = (
-        replace(batches, images=data.train.images[part], labels=data.train.labels[part])
-        for batches, part in zip((data.train, data.test), parts, strict=True)
-    )
+        held[members[: max(1, round(share * len(members)))]] = True
+    train = replace(data.train, images=images[~held], labels=data.train.labels[~held])
+    test = replace(data.test, images=images[held], labels=data.train.labels[held])
     return replace(data, name=f"{data.name}, {share:g} held out by {seed}", train=train, test=test)
 
 
@@ -88,9 +82,8 @@ def _loaded(payload: bytes) -> tuple[torch.nn.Module, Data]:
     model, data, share, seed = pickle.loads(payload)
     data = hold_out(data() if callable(data) else data, share, seed)
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = {name: getattr(data, name) for name in ("train", "test")}
-    parts = {name: replace(b, images=b.images.to(where), labels=b.labels.to(where)) for name, b in parts.items()}
-    return model, replace(data, **parts)
+    train, test = (replace(b, images=b.images.to(where), labels=b.labels.to(where)) for b in (data.train, data.test))
+    return model, replace(data, train=train, test=test)
 
 
 def retrained(payload: bytes, mapping: Mapping, epochs: int, seed: int, threads: int, options: dict) -> dict:
@@ -166,6 +159,8 @@ class Evaluator:
             raise TypeError(f"Expected latency 'measured', a LatencyModel or a function. Got {latency!r}.")
         if not isinstance(data, Data) and not callable(data):
             raise TypeError(f"Expected Data, or a function that loads it. Got {data!r}.")
+        # Where the latencies come from: "measured", "predicted" or "function".
+        self.how = "measured" if latency == "measured" else "predicted" if hasattr(latency, "predict") else "function"
         self.graph, self.rate, self.latency, self.weight = graph, check_rate(rate), latency, weight
         self.epochs, self.seed, self.executor, self.overlap = epochs, seed, executor or Inline(), overlap
         self.threads, self.device, self.runs, self.train_threads = threads, device, runs, train_threads
@@ -186,45 +181,32 @@ class Evaluator:
             seal = DEVICES[device].provenance(f"prunemap {__version__}")["fingerprint"]
             settings |= {"device": device, "threads": threads, "fingerprint": seal}
         elif self.how == "predicted":  # tells one latency model from another, or from itself with more rows
-            dense_ms = self._ms(Mapping(), *self._compiled(Mapping()))
+            dense_ms = self._ms(Mapping(), self._compiled(Mapping()))
             settings["dense_ms_of_the_latency_model"] = dense_ms
         self.known = {"settings": settings, "dense_ms": dense_ms, "candidates": {}}
         self.known |= read_checkpoint(self.checkpoint, "a checkpoint of a search", settings)
         if self.known["dense_ms"] is None:
-            self.known["dense_ms"] = self._ms(Mapping(), *self._compiled(Mapping()))
-
-    @property
-    def how(self) -> str:
-        """Where the latencies come from: "measured", "predicted" or "function"."""
-        if self.latency == "measured":
-            return "measured"
-        return "predicted" if hasattr(self.latency, "predict") else "function"
-
-    @property
-    def dense_ms(self) -> float:
-        """ms of the dense network, from the same source as the candidates'."""
-        return self.known["dense_ms"]
+            self.known["dense_ms"] = self._ms(Mapping(), self._compiled(Mapping()))
+        self.dense_ms: float = self.known["dense_ms"]  # of the dense network, from the same source as the candidates'
 
     def __call__(self, batch: list[Schemes]) -> list[dict]:
         """A row per candidate, in their order: mapping, id, accuracy, ms, reward, seconds (of the training), timed (how
         the latency was taken, and beside what) and error."""
-        mappings = {mapping_id(schemes): schemes for schemes in batch}
+        mappings = {mapping_id(schemes): global_rates(self.graph, schemes, self.rate) for schemes in batch}
         found = self.known["candidates"]
-        mappings = {key: global_rates(self.graph, schemes, self.rate) for key, schemes in mappings.items()}
         for key, schemes in mappings.items():
             found.setdefault(key, {"schemes": {name: str(choice.scheme) for name, choice in schemes.items()}})
-        keys = {"train": "accuracy", "time": "ms"}
-        keys = {work: [key for key in mappings if piece not in found[key]] for work, piece in keys.items()}
+        untrained, untimed = ([key for key in mappings if piece not in found[key]] for piece in ("accuracy", "ms"))
         training: dict[Future, str] = {}
         try:
-            for key in keys["train"]:
+            for key in untrained:
                 seed = int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4]) >> 1
                 work = (self.payload, mappings[key], self.epochs, seed, self.train_threads, self.options)
                 training[self.executor.submit(retrained, *work)] = key
                 self._gather(training, wait=False)
             ready = []
-            for key in keys["time"]:
-                ready.append((key, mappings[key], *self._compiled(mappings[key])))
+            for key in untimed:
+                ready.append((key, mappings[key], self._compiled(mappings[key])))
                 self._gather(training, wait=False)
             works = [lambda: self._measure(ready, training), lambda: self._gather(training)]
             for work in works if self._beside(len(training)) else reversed(works):
@@ -256,23 +238,25 @@ class Evaluator:
         cores = min(psutil.cpu_count(logical=False) or 1, allowed)
         return workers is not None and cores >= self.threads + min(workers, jobs) * self.train_threads
 
-    def _compiled(self, mapping: Mapping) -> tuple:
-        """The model pruned at once, and compiled if it is to be measured: no weight's value matters for that."""
+    def _compiled(self, mapping: Mapping):
+        """What the latency is taken of: the model pruned at once, compiled if it is to be measured (no weight's value
+        matters for that); None where it is predicted."""
         if self.how == "predicted":
-            return None, None
+            return None
         prune(model := copy.deepcopy(self.model), mapping)
-        if self.how != "measured":
-            return model, None
-        return model, compile(model, self.inputs, threads=self.threads, mapping=mapping)
+        if self.how == "function":
+            return model
+        return compile(model, self.inputs, threads=self.threads, mapping=mapping)
 
-    def _ms(self, mapping: Mapping, model: torch.nn.Module | None, network) -> float:
+    def _ms(self, mapping: Mapping, network) -> float:
         if self.how == "measured":
             (row,) = measure(network, self.device, runs=self.runs, adaptive=True, seed=self.seed).to_dict("records")
             if not row["ok"]:
                 raise RuntimeError(f"Expected a latency of {mapping_id(mapping)} on {self.device}. Got: {row['error']}")
             return row["median_ms"]
-        found = self.latency.predict(self.graph, mapping) if self.how == "predicted" else self.latency(model, mapping)
-        return float(found)
+        if self.how == "predicted":
+            return float(self.latency.predict(self.graph, mapping))
+        return float(self.latency(network, mapping))
 
     def _keep(self, key: str, facts: dict) -> None:
         self.known["candidates"][key] |= facts

@@ -80,12 +80,7 @@ def _fastest(times: list[np.ndarray], drops: list[np.ndarray], budget: float, po
 
 
 def rule_against_exact(
-    graph,
-    latency_model,
-    beta: float | dict[str, float] = BETA,
-    drops: Drops | None = None,
-    dense: bool = False,
-    **choices,
+    graph, latency_model, beta: float | dict[str, float] = BETA, drops: Drops | None = None, dense=False, **choices
 ) -> tuple[pd.DataFrame, dict[str, Mapping]]:
     """How near the rule comes to the fastest mapping at its own predicted accuracy, and the mappings by name.
 

@@ -3,24 +3,25 @@
 import io
 import sys
 import time
+from contextlib import AbstractContextManager
 
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+EVERY_S = 1.0  # at most one picture in so many seconds
 
-class Watch:
+
+class Watch(AbstractContextManager):
     """Called with a search after every step; a context manager that ends with the last picture. Quiet on request."""
 
-    def __init__(self, search, progress: bool = True, every_s: float = 1.0):
-        self.search, self.progress, self.every_s, self.drawn, self.told = search, progress, every_s, 0.0, 0
+    def __init__(self, search, progress: bool = True):
+        self.search, self.drawn, self.told = search, 0.0, 0
         self.picture = _picture() if progress else None
         self.plain = progress and not self.picture and not sys.stderr.isatty()
-        quiet = not progress or self.plain
-        self.bar = tqdm(total=search.budget, desc=f"{search.strategy} search", unit="mapping", disable=quiet)
+        shown = progress and not self.plain
+        self.bar = tqdm(total=search.budget, desc=f"{search.strategy} search", unit="mapping", disable=not shown)
 
     def __call__(self, search) -> None:
-        if not self.progress:
-            return
         self.bar.update(len(search.rows) - self.bar.n)
         self.bar.set_postfix_str(f"best reward {search.best['reward']:.4f}")
         if self.plain:
@@ -29,11 +30,8 @@ class Watch:
                 words = f"{search.strategy} search, {row.evaluation} of {search.budget}: {words}, best {row.best:.4f}"
                 print(words, file=sys.stderr, flush=True)
             self.told = len(search.rows)
-        elif self.picture and time.monotonic() > self.drawn + self.every_s:
+        elif self.picture and time.monotonic() > self.drawn + EVERY_S:
             self._draw()
-
-    def __enter__(self) -> "Watch":
-        return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
-KINDS = ("conv", "depthwise", "linear")
-
 
 def states(layers) -> np.ndarray:
     """The paper's 4-D states of LayerSpecs, float32 (N, 6): layer type (one of three), then log2 of kernel size, input
     and output channels."""
-    kinds = [[float(layer.kind == kind) for kind in KINDS] for layer in layers]
+    kinds = [[float(layer.kind == kind) for kind in ("conv", "depthwise", "linear")] for layer in layers]
     sizes = [[(layer.Kh * layer.Kw) ** 0.5, layer.Q * layer.groups, layer.P] for layer in layers]
     return np.hstack([kinds, np.log2(sizes)]).astype(np.float32)
 
@@ -83,17 +81,13 @@ class Reinforce:
             return self.policy(samples=count, generator=self.generator)[0].numpy()
 
     @torch.enable_grad()  # a notebook may have turned gradients off
-    def gradient(self, actions: np.ndarray, rewards: np.ndarray) -> None:
-        """Leave minus Eq. 6's estimate in the parameters' `grad`: optimizers descend."""
-        rewards = torch.as_tensor(np.asarray(rewards), dtype=torch.float32)
-        self.baseline = float(rewards.mean()) if self.baseline is None else self.baseline
-        self.optimizer.zero_grad()
-        log = self.policy(torch.as_tensor(np.asarray(actions)))[1]
-        (-(rewards - self.baseline) * log).mean().backward()
-
     def learn(self, actions: np.ndarray, rewards: np.ndarray) -> None:
         """One step of the optimizer, then the new baseline. rewards: (K,)."""
-        self.gradient(actions, rewards)
+        earned = torch.as_tensor(rewards, dtype=torch.float32)
+        self.baseline = float(earned.mean()) if self.baseline is None else self.baseline
+        self.optimizer.zero_grad()
+        log = self.policy(torch.as_tensor(actions))[1]
+        (-(earned - self.baseline) * log).mean().backward()  # minus Eq. 6's estimate: optimizers descend
         self.optimizer.step()
         self.baseline = self.decay * self.baseline + (1 - self.decay) * float(np.mean(rewards))
 

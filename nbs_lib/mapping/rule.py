@@ -17,16 +17,12 @@ TASKS = {"easy": (), "hard": (Pattern(8),)}  # what 3x3 CONV takes before block-
 # Ours: both directions grow, from one weight up to where small layers have hardly a block. The paper names three.
 BLOCKS = ((1, 1), (2, 2), (4, 4), (8, 4), (4, 16), (8, 16), (16, 32), (32, 64))
 REFERENCES = (Filter(), Channel())
+# All that a layer's time may depend on, but its values.
+SHAPE = ("kind", "P", "Q", "Kh", "Kw", "stride", "padding", "dilation", "groups", "H", "W", "calls", "uneven")
 
 
 def rule_mapping(
-    graph,
-    latency_model,
-    beta: float | dict[str, float] = BETA,
-    task: str = "easy",
-    rate: float = 8.0,
-    ignored_layers: Iterable[str] = (),
-    blocks: Iterable[tuple[int, int]] = BLOCKS,
+    graph, latency_model, beta: float | dict[str, float] = BETA, task="easy", rate=8.0, ignored_layers=(), blocks=BLOCKS
 ) -> Mapping:
     """The best-suited scheme and block size of every layer, without training; `rate` is where they are compared.
 
@@ -47,7 +43,7 @@ def rule_mapping(
         if not (listed := options.get(row["layer"])):
             continue
         layer, at = graph[row["layer"]], listed[0].rate
-        if (key := _shape(layer)) not in times:
+        if (key := tuple(getattr(layer, fact) for fact in SHAPE)) not in times:
             times[key] = layer_times(latency_model, layer, [*(Choice(scheme, at) for scheme in REFERENCES), *listed])
         references, ms = np.split(times[key], [len(REFERENCES)])
         row |= _decision(listed, ms, references, layer.macs, betas[layer.name])
@@ -56,11 +52,7 @@ def rule_mapping(
 
 
 def layer_choices(
-    graph,
-    rate: float = 8.0,
-    task: str = "easy",
-    ignored_layers: Iterable[str] = (),
-    blocks: Iterable[tuple[int, int]] = BLOCKS,
+    graph, rate=8.0, task="easy", ignored_layers=(), blocks: Iterable[tuple[int, int]] = BLOCKS
 ) -> tuple[dict[str, list[Choice]], list[dict]]:
     """What the rule chooses from: {layer: its Choices, smallest block first}, and every layer's row for the report.
 
@@ -105,16 +97,15 @@ def _decision(listed: list[Choice], ms: np.ndarray, references: np.ndarray, macs
     reference, name = references[best] / gmacs, REFERENCES[best].name
     within = np.flatnonzero(ms / gmacs <= (1 + beta) * reference)
     chosen = int(within[0]) if len(within) else len(listed) - 1
-    ratio = ms[chosen] / gmacs / reference
+    scheme, ratio = listed[chosen].scheme, ms[chosen] / gmacs / reference
     told = f"{ms[chosen]:.3g} ms is {ratio:.3f} x {name}'s {references[best]:.3g} ms at {rate:g}x"
-    if isinstance(listed[chosen].scheme, Pattern):
-        reason = f"3x3 CONV, hard task: pattern; {told}"
+    if isinstance(scheme, Pattern):
+        least = ", a pattern's least" if rate == scheme.min_rate else ""
+        reason = f"3x3 CONV, hard task: pattern; {told}{least}"
     elif len(within):
         reason = f"smallest block within beta {beta:.4g}: {told}"
     else:
         reason = f"no block within beta {beta:.4g}, so the largest: {told}"
-    if isinstance(listed[chosen].scheme, Pattern) and rate == listed[chosen].scheme.min_rate:
-        reason += ", a pattern's least"
     numbers = {"ms": ms[chosen], "ms_per_gmac": ms[chosen] / gmacs, "reference_ms": references[best], "ratio": ratio}
     numbers = {key: float(value) for key, value in numbers.items()}
     return numbers | {"chosen": chosen, "reason": reason, "reference": name, "beta": beta}
@@ -134,14 +125,7 @@ def _checked(graph, rate: float, beta: float | dict[str, float]) -> tuple[float,
 
 def _size(block) -> tuple[int, int]:
     try:
-        p, q = block
-    except (TypeError, ValueError):
+        scheme = BlockPunched(*block)  # refuses what is no size, by name
+    except TypeError:
         raise ValueError(f"Expected a block size (p, q) of two integers. Got {block!r}.") from None
-    scheme = BlockPunched(p, q)  # refuses what is no size, by name
     return scheme.p, scheme.q
-
-
-def _shape(layer) -> tuple:
-    """All that a layer's time may depend on, but its values."""
-    facts = "kind P Q Kh Kw stride padding dilation groups H W calls uneven"
-    return tuple(getattr(layer, fact) for fact in facts.split())

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -53,10 +52,9 @@ class Search:
         self.evaluator, self.strategy, self.samples, self.rows = evaluator, strategy, samples, {}
         self.budget = min(evaluations, math.prod(max(1, len(found)) for found in legal.values()))
         self.layers = list(legal)
-        names = list(dict.fromkeys(scheme.name for found in legal.values() for scheme in found))
-        sizes = list(dict.fromkeys(_size(scheme) for found in legal.values() for scheme in found))
-        self.names, self.sizes = ["dense", *names], [None, *(size for size in sizes if size)]
         self.schemes = {(scheme.name, _size(scheme)): scheme for found in legal.values() for scheme in found}
+        self.names = list(dict.fromkeys(["dense", *(name for name, _ in self.schemes)]))
+        self.sizes = list(dict.fromkeys([None, *(size for _, size in self.schemes)]))
         mask = np.zeros((len(legal), len(self.names), len(self.sizes)), bool)
         for number, found in enumerate(legal.values()):
             for name, size in [(scheme.name, _size(scheme)) for scheme in found] or [("dense", None)]:
@@ -150,7 +148,7 @@ def paired_bootstrap(ours, others, confidence=0.95, resamples=10_000, seed=0) ->
     if difference.ndim != 1 or not difference.size or not np.isfinite(difference).all():
         raise ValueError(f"Expected finite pairs. Got {ours!r} and {others!r}.")
     if (count := difference.size) <= 5:
-        drawn = np.array(list(product(range(count), repeat=count)))
+        drawn = np.indices((count,) * count).reshape(count, -1).T
     else:
         drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     lo, hi = np.quantile(difference[drawn].mean(axis=1), ((1 - confidence) / 2, (1 + confidence) / 2)).tolist()

@@ -14,6 +14,5 @@ def vgg16_cifar(num_classes: int = 10, width: float = 1.0) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
-    head = [("avgpool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
-    classifier = nn.Linear(channels[-2], num_classes)
-    return nn.Sequential(OrderedDict([("features", features), *head, ("classifier", classifier)]))
+    body = OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+    return nn.Sequential(body | {"classifier": nn.Linear(channels[-2], num_classes)})

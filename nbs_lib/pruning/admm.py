@@ -15,11 +15,12 @@ class Admm(Penalty):
     """min f(W) + rho/2 ||W - Z + U||^2 by steps W <- (W + lr rho (Z - U)) / (1 + lr rho), implicit and so stable for
     any rho; after each epoch Z <- projection(W + U), U <- U + W - Z, and rho grows `growth` times, from `rho` on."""
 
+    kept = ("scales", "dual", "near", "rho")
+
     def __init__(self, model: nn.Module, targets: dict[str, Target], rho: float, growth: float):
         super().__init__(model, targets, rho=rho, growth=growth)
-        self.rho, self.growth = rho, growth
+        self.rho, self.growth, self.near = rho, growth, {}
         self.dual = {layer: torch.zeros_like(weight) for layer, weight in self.weights.items()}
-        self.near = {layer: torch.zeros_like(weight) for layer, weight in self.weights.items()}
         self._project()
 
     @torch.no_grad()
@@ -45,27 +46,9 @@ class Admm(Penalty):
         residual = sum(float(residual.square().sum()) for residual in apart.values())
         return {"primal_residual": (residual / max(norm, 1e-30)) ** 0.5, "rho": used}
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"dual": self.dual, "near": self.near, "rho": self.rho}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        for name in ("dual", "near"):
-            moved = {layer: value.to(self.weights[layer].device) for layer, value in state[name].items()}
-            setattr(self, name, moved)
-        self.rho = state["rho"]
-
 
 def admm(
-    model: nn.Module,
-    targets: dict[str, Target],
-    data=None,
-    epochs: int = 10,
-    retrain_epochs: int = 5,
-    lr: float = 0.02,
-    rho: float | None = None,
-    growth: float = 3.0,
-    **options,
+    model, targets: dict[str, Target], data=None, epochs=10, retrain_epochs=5, lr=0.02, rho=None, growth=3.0, **options
 ) -> Masks:
     """Masks at the nominal rates, after `epochs` of ADMM; then retraining. History: primal_residual, ||W - Z|| / ||W||.
 

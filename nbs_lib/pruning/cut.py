@@ -10,14 +10,11 @@ from nbs_lib.schemes import Choice, check_rate, keep_strongest, reached
 def by_layer(targets: dict[str, Target]) -> Masks:
     """Masks that bring each layer on its own to its nominal rate."""
     masks = {layer: t.choice.scheme.project(t.weight, t.choice.rate, t.groups) for layer, t in targets.items()}
-    return _masks(masks, targets, {layer: target.choice for layer, target in targets.items()})
+    return Masks(masks, {k: t.choice for k, t in targets.items()}, {k: t.groups for k, t in targets.items()})
 
 
 def over_all(
-    targets: dict[str, Target],
-    rate: float | None = None,
-    scales: dict[str, float] | None = None,
-    threshold: float | None = None,
+    targets: dict[str, Target], rate: float | None = None, scales: dict[str, float] | None = None, threshold=None
 ) -> Masks:
     """Masks by one threshold on the energy per weight, divided by the layer's scale: every layer gets its own rate.
 
@@ -34,8 +31,5 @@ def over_all(
         keep = score >= threshold
     parts = np.split(keep, np.cumsum([unit.score.size for unit in units.values()])[:-1])
     masks = {layer: unit.mask(part) for (layer, unit), part in zip(units.items(), parts, strict=True)}
-    return _masks(masks, targets, {k: Choice(targets[k].choice.scheme, reached(mask)) for k, mask in masks.items()})
-
-
-def _masks(masks: dict, targets: dict[str, Target], choices: dict[str, Choice]) -> Masks:
+    choices = {layer: Choice(targets[layer].choice.scheme, reached(mask)) for layer, mask in masks.items()}
     return Masks(masks, choices, {layer: target.groups for layer, target in targets.items()})

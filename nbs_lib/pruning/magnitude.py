@@ -38,14 +38,7 @@ class Gradual(Penalty):
 
 
 def magnitude(
-    model: nn.Module,
-    targets: dict[str, Target],
-    scope: str = "layer",
-    rate: float | None = None,
-    data=None,
-    epochs: int = 0,
-    retrain_epochs: int = 0,
-    **options,
+    model, targets: dict[str, Target], scope="layer", rate=None, data=None, epochs=0, retrain_epochs=0, **options
 ) -> Masks:
     """Masks by magnitude. scope="layer": each layer on its own, at its nominal rate.
 

@@ -9,7 +9,6 @@ takes its proximal one, w_g <- w_g max(0, 1 - lr lambda / sqrt(v_g)). Block's ro
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,14 +25,14 @@ FAMILIES = {"both": slice(0, 2), "rows": slice(0, 1), "columns": slice(1, 2)}  #
 
 
 class GroupPenalty(Penalty):
-    """What the two penalties share: the groups and their relative energies."""
+    """What the two penalties share: the groups (of the families in `of`) and their relative energies."""
 
-    def __init__(self, model: nn.Module, targets: dict[str, Target], lam: float, tau: float, **settings: float | str):
+    def __init__(self, model, targets: dict[str, Target], lam: float, tau: float, of=FAMILIES["both"], **settings):
         if not tau > 0:
             raise ValueError(f"Expected tau > 0, a relative energy. Got {tau!r}.")
         super().__init__(model, targets, lam=lam, tau=tau, **settings)
         self.lam, self.tau = lam, tau
-        self.groups = {layer: Groups(target, self.weights[layer]) for layer, target in targets.items()}
+        self.groups = {layer: Groups(target, self.weights[layer], of) for layer, target in targets.items()}
 
     def relative(self, layer: str) -> list[torch.Tensor]:
         """v_g of a layer, float32 (G,), by family."""
@@ -64,9 +63,11 @@ class GroupLasso(GroupPenalty):
 class Reweighted(GroupPenalty):
     """Eqs. 1-4; `form="literal"` adds them to the loss as they stand."""
 
+    kept = ("scales", "pressure", "steps")
+
     def __init__(self, model, targets, lam: float, tau: float, eps: float, form: str, interval: int, families="both"):
-        super().__init__(model, targets, lam, tau, eps=eps, form=form, interval=interval, families=families)
-        self.groups = {k: Groups(t, self.weights[k], FAMILIES[families]) for k, t in targets.items()}
+        named = {"eps": eps, "form": form, "interval": interval, "families": families}
+        super().__init__(model, targets, lam, tau, FAMILIES[families], **named)
         self.eps, self.form, self.interval, self.steps = eps, form, interval, 0
         self._reweight()
 
@@ -92,25 +93,9 @@ class Reweighted(GroupPenalty):
         if self.steps % self.interval == 0:
             self._reweight()
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"pressure": self.pressure, "steps": self.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.pressure = {k: value.to(self.weights[k].device) for k, value in state["pressure"].items()}
-        self.steps = state["steps"]
-
 
 def reweighted(
-    model: nn.Module,
-    targets: dict[str, Target],
-    data=None,
-    eps: float = EPS,
-    tau: float = TAU,
-    updates: int = 1,
-    form: str = "relative",
-    families: str = "both",
-    **options,
+    model, targets, data=None, eps=EPS, tau=TAU, updates=1, form="relative", families="both", **options
 ) -> Masks:
     """Masks whose rates, per layer and per block, come from lambda alone; the mapping's rates are ignored.
 
@@ -140,19 +125,9 @@ def group_lasso(model: nn.Module, targets: dict[str, Target], data=None, tau: fl
 
 
 def _pruned(
-    model: nn.Module,
-    make: Callable[[float, int], GroupPenalty],
-    start: float,
-    data,
-    lam: float | None = None,
-    target_rate: float | None = None,
-    epochs: int = 10,
-    retrain_epochs: int = 5,
-    lr: float = 0.02,
-    trials: int = 4,
-    **options,
+    model, make, start, data, lam=None, target_rate=None, epochs=10, retrain_epochs=5, lr=0.02, trials=4, **options
 ) -> Masks:
-    """Train under the penalty that `make` gives for a lambda and the batches of an epoch, cut, retrain.
+    """Train under the GroupPenalty that `make` gives for a lambda and the batches of an epoch, cut, retrain.
 
     start: where a search starts, as lambda times lr, summed over all steps."""
     options = {"lr": lr} | options

@@ -41,9 +41,14 @@ def targets(model: nn.Module, mapping: dict[str, Choice]) -> dict[str, Target]:
             choice.scheme.checked(target.weight, target.groups)
         except ValueError as error:
             raise ValueError(f"Layer {layer!r}: {error}") from error
-    for scheme in {target.choice.scheme for target in found.values()}:
+    return fitted(found)
+
+
+def fitted(targets: dict[str, Target]) -> dict[str, Target]:
+    """The targets, each Pattern without patterns fitted over all layers that have it."""
+    for scheme in {target.choice.scheme for target in targets.values()}:
         if isinstance(scheme, Pattern) and scheme.patterns is None:
-            alike = {layer: target for layer, target in found.items() if target.choice.scheme == scheme}
-            fitted = scheme.fit(target.weight for target in alike.values())
-            found |= {layer: replace(old, choice=Choice(fitted, old.choice.rate)) for layer, old in alike.items()}
-    return found
+            alike = {layer: target for layer, target in targets.items() if target.choice.scheme == scheme}
+            best = scheme.fit(target.weight for target in alike.values())
+            targets = targets | {k: replace(old, choice=Choice(best, old.choice.rate)) for k, old in alike.items()}
+    return targets

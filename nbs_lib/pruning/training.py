@@ -9,6 +9,7 @@ from zlib import crc32
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from nbs_lib.pruning.masks import Masks
 from nbs_lib.pruning.targets import Target, find_weight
@@ -32,7 +33,9 @@ class Checked(Hook):
 
 
 class Penalty(Checked):
-    """A hook over the weights of `targets`."""
+    """A hook over the weights of `targets`. `kept`: its attributes that a checkpoint holds, values or by layer."""
+
+    kept: tuple[str, ...] = ("scales",)
 
     def __init__(self, model: nn.Module, targets: dict[str, Target], **settings: float | str):
         choices = {layer: str(target.choice) for layer, target in targets.items()}
@@ -49,17 +52,19 @@ class Penalty(Checked):
         return {layer: replace(target, weight=weights[layer]) for layer, target in self.targets.items()}
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"scales": self.scales}
+        return super().state_dict() | {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.scales = dict(state["scales"])
+        device = next((weight.device for weight in self.weights.values()), None)
+        for name in self.kept:
+            setattr(self, name, pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), state[name]))
 
 
 class Groups:
     """The groups of one layer's scheme on torch's side: energies per group, and back to the weight's shape."""
 
-    def __init__(self, target: Target, weight: nn.Parameter, families: slice = slice(None)):
+    def __init__(self, target: Target, weight: nn.Parameter, families: slice):
         ids = target.choice.scheme.groups(target.weight.shape, target.groups)
         families = ids[families] if ids.ndim > target.weight.ndim else ids[None]  # Block has row and column segments
         self.weight = weight

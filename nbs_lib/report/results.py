@@ -34,8 +34,7 @@ def save(notebook, profile, figures=None, tables=None, claims=None, parameters=N
             buffer = io.BytesIO()
             figures[name].savefig(buffer, format=kind, dpi=150, metadata=metadata)
             files[f"{stem}.{kind}"] = buffer.getvalue()
-    for name, stem in table_stems.items():
-        files[f"{stem}.csv"] = tables[name].to_csv(index=False)
+    files |= {f"{stem}.csv": tables[name].to_csv(index=False) for name, stem in table_stems.items()}
     run = {"notebook": notebook, "profile": profile, "parameters": dict(parameters or {}), "seed": seed}
     run |= {"device": device, "cpu": host.cpu_model()} | host.stamp()
     installed = sorted((found.name, found.version) for found in distributions() if found.name in PACKAGES)

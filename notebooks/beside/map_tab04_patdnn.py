@@ -1,4 +1,4 @@
-"""What a candidate of a search is worth without training: a latency model's time, and an accuracy from a proxy.
+"""Mapping Table 4: what a candidate of its searches is worth without training, by a latency model and a proxy.
 
 It stands in for `Evaluator` where training every candidate takes GPU-days: it ranks mappings, and measures nothing."""
 
@@ -28,7 +28,7 @@ class Predicted:
     the rates of other layers, the solver may mix both, so that what it finds is a bound and no candidate."""
 
     def __init__(self, graph, latency, goal: dict, schemes=SCHEMES, weight=0.2, slope=SLOPE, dead=0.15):
-        self.graph, self.weight, self.slope, self.goal = graph, weight, slope, goal
+        self.graph, self.weight, self.slope = graph, weight, slope
         linear = [layer.name for layer in graph.layers.values() if layer.kind == "linear"]
         legal = {name: found for name, found in legal_schemes(graph, schemes, linear, goal["rate"]).items() if found}
         hard = {name: next((s for s in found if isinstance(s, Pattern)), None) for name, found in legal.items()}
