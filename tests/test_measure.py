@@ -310,6 +310,12 @@ def test_commit_outside_a_checkout_is_unknown(tmp_path, monkeypatch):
         assert commit() == head
         (tmp_path / "f").write_text("2")
         assert commit() == f"{head}-dirty"
+        (rows := tmp_path / "data/measured/rows.csv").parent.mkdir(parents=True)
+        rows.write_text("1")
+        git(["git", "-C", str(tmp_path), "add", "."])
+        git(["git", "-C", str(tmp_path), "commit", "-m", "m"])
+        rows.write_text("2")  # a row more: the code is the same
+        assert commit() == git(["git", "-C", str(tmp_path), "rev-parse", "HEAD"]).stdout[:12]
         inside = tmp_path / "site-packages"
         inside.mkdir()
         monkeypatch.setenv("NBS_ROOT", str(inside))

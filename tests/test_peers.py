@@ -38,6 +38,7 @@ ENGINE = {
     "wrong": "return lambda: np.load(model) * x + 0.1",
     "nan": "return lambda: x * np.nan",
     "shape": "return lambda: x[:1]",
+    "zeros": "return lambda: np.zeros((1, 10))",
     "talks": 'print(\'{"version": "9"}\', flush=True); return lambda: np.load(model) * x',
     "strays": "os.sched_setaffinity(0, range(os.cpu_count())); return lambda: np.load(model) * x",
     "dies later": "calls = iter([1, 1]); return lambda: np.load(model) * x * (next(calls, 0) or os._exit(4))",
@@ -218,8 +219,35 @@ def test_networks_are_known():
 # A contest
 
 
+def test_a_variant_that_a_network_cannot_have_is_a_row(tmp_path):
+    peers = {name: PEERS[name] for name in ("prunemap", "prunemap-pattern")}
+    rows = contest("mobilenet_v2_cifar", 1, tmp_path / "rows.csv", list(peers), 2, peers, list().append)
+    assert rows.ok.tolist() == [True, False] and "pattern(8) can prune. Got none" in rows.error[1]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_notebook_gets_rows_of_now_or_on_record(keep, tmp_path, monkeypatch):
+    monkeypatch.setenv("NBS_ROOT", str(tmp_path))
+    file = tmp_path / "data/measured/host/peers.csv"
+    asked, seal = [], record.fingerprint("mnn", PEERS["mnn"])
+    known = host.provenance("mnn") | {"turns": "a", "ok": False, "error": "hung", "fingerprint": seal}
+
+    def run(network, threads, target, names, rounds):
+        asked.append((network, threads, names, rounds))
+        return record.append(target, [known | {"model": network, "threads": threads}])
+
+    monkeypatch.setattr(contests, "contest", run)
+    with pytest.raises(RuntimeError, match=r"Expected rows of \['a', 'b'\], 1 thread.*reproduce.sh peers"):
+        contests.results(["a", "b"], 1, ["mnn"], 3, live=False, keep=keep)
+    rows = contests.results(["a", "b"], 1, ["mnn"], 3, live=True, keep=keep)
+    assert asked == [("a", 1, ["mnn"], 3), ("b", 1, ["mnn"], 3)] and rows.model.tolist() == ["a", "b"]
+    assert rows.machine.eq("this machine").all() and file.exists() == keep
+    if keep:
+        assert contests.results(["b"], 1, [], 0, live=False, keep=False).model.tolist() == ["b"]
+
+
 def test_contenders_leave_a_row_each(peer, tmp_path, monkeypatch):
-    fakes = {"crashes": peer("crashes"), "hangs": peer("hangs", tune_s=-58), "wrong": peer("shape")}  # 90 - 87 s
+    fakes = {"crashes": peer("crashes"), "hangs": peer("hangs", tune_s=-58), "wrong": peer("zeros")}  # 90 - 87 s
     for fake in fakes.values():
         fake.file.write_text(fake.file.read_text().replace('"npy"', '"onnx"'))
     peers = {"prunemap": PEERS["prunemap"], "prunemap-pattern": PEERS["prunemap-pattern"]} | fakes
@@ -233,7 +261,7 @@ def test_contenders_leave_a_row_each(peer, tmp_path, monkeypatch):
     assert good.loc["prunemap", "ratio"] == 1 and good.loc["prunemap-pattern", "scheme"] == "block+pattern"
     assert good.loc["prunemap", "runs"] == 2 and good.loc["prunemap-pattern", "effective_macs"] < good.macs["prunemap"]
     assert good.loc["crashes", "error"].startswith("crashed (1): ValueError") and "crashed" in "".join(said)
-    assert good.loc["hangs", "error"].startswith("hung") and good.loc["wrong", "error"].startswith("void")
+    assert good.loc["hangs", "error"].startswith("hung") and "void: Expected PyTorch's" in good.loc["wrong", "error"]
     pd.testing.assert_frame_equal(cache.read(file, schema.CONTENDED), rows)
     assert not record.missing(file, peers, "resnet20", 1)  # failures are known, too
     assert record.missing(file, peers, "resnet20", 2) == record.missing(file, peers, "vgg16", 1) == list(peers)
@@ -346,6 +374,9 @@ def test_a_real_engine_is_installed_and_agrees(name, tmp_path):
     real.close()
     assert environment.python_of(PEERS[name]) == python
     assert (python.parent.parent / "made.txt").stat().st_mtime_ns == made  # nothing was made again
+    peers = {each: PEERS[each] for each in ("prunemap", name)}
+    rows = contest("mobilenet_v2_cifar", 1, tmp_path / "rows.csv", [name], 3, peers, list().append)
+    assert rows.ok.all() and rows.runs.eq(3).all() and rows.turns.nunique() == 1 and rows.ratio.gt(0).all()
 
 
 def test_what_cannot_be_installed_says_so(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@
 On its first use an engine is installed into an environment of its own (that needs a package index). All run float32,
 batch 1, 224x224, on the same pinned CPUs; outputs are checked against PyTorch's before anything is timed; one sample
 each per round. Rows go to data/measured/host/peers.csv as soon as they are there: what is in it is not measured again
-(`--again`), so a killed run goes on where it was. What fails leaves a row with its error.
+(`--again`: after a change of our compiler, too), so a killed run goes on where it was. What fails leaves a row with
+its error.
 """
 
 import argparse

@@ -78,11 +78,12 @@ def _turns(network: str, threads: int, peers: dict[str, Peer], rounds: int, fold
             python_of(peer)
     with clock.lock(), clock.pin(threads), contextlib.ExitStack() as closing:
         for variant in variants:  # one at a time in our memory
-            subject = Subject(network, variant, folder)
-            about = record.about(subject, threads)
+            subject, about = Subject(network, variant, folder), {}
             for name, peer in [(name, peer) for name, peer in peers.items() if peer.variant == variant]:
-                rows[name] = record.row(name, peer, network, threads, turns) | about | {"ok": False}
+                rows[name] = record.row(name, peer, network, threads, turns) | {"ok": False}
                 try:
+                    about = about or record.about(subject, threads)
+                    rows[name] |= about
                     model, wanted = subject.file(peer.module.FORM), subject.wanted
                     workers[name] = Worker(peer, model, subject.x.numpy(), wanted, threads)
                     closing.callback(workers[name].close)

@@ -33,7 +33,8 @@ def rule_mapping(
     latency comes second there (5.2.3); a rate below their least one, 2.25, becomes that.
 
     latency_model: anything with `layer_ms(layer, choices) -> ms, float (len(choices),)`. beta: >= 0, or {layer: beta},
-    then 0.2 for the others. A block is valid where it fits into the layer (see `layer_choices`). Raises ValueError for
+    then 0.2 for the others. ignored_layers: names of layers that stay
+    dense. A block is valid where it fits into the layer (see `layer_choices`). Raises ValueError for
     a rate of 1 or less, an unknown task, a beta below 0 and blocks that are none; KeyError for unknown layers in beta
     or ignored_layers; and what the latency model raises where it has no data, naming the layer."""
     rate, betas = _checked(graph, rate, beta)

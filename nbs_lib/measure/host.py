@@ -15,6 +15,8 @@ import psutil
 
 from nbs_lib import clock, paths
 
+CODE = (".", ":!data/measured", ":!data/trained")  # what a number depends on, as git names it
+
 
 @functools.cache
 def cpu_model() -> str:
@@ -26,10 +28,14 @@ def cpu_model() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, "-dirty" with changes to tracked files; "unknown" outside a checkout or without git."""
-    ours = (paths.root() / ".git").exists() and shutil.which("git")  # git may see a repository that surrounds us
-    command = ["git", "-C", str(paths.root()), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return (ours and subprocess.run(command, capture_output=True, text=True).stdout.strip()) or "unknown"
+    """The checkout's commit, "-dirty" with changes to tracked files, but for the rows in `data/measured` and
+    `data/trained`; "unknown" outside a checkout or without git."""
+    if not ((paths.root() / ".git").exists() and shutil.which("git")):  # git may see a repository that surrounds us
+        return "unknown"
+    asked = (["describe", "--always", "--abbrev=12", "--exclude=*"], ["status", "-s", "-uno", "--", *CODE])
+    command = ["git", "-C", str(paths.root())]
+    head, changed = (subprocess.run([*command, *a], capture_output=True, text=True).stdout.strip() for a in asked)
+    return head + "-dirty" * bool(head and changed) or "unknown"
 
 
 def stamp() -> dict:

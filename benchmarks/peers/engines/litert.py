@@ -35,7 +35,7 @@ def load(model: Path, x, threads: int, cache: Path, sparse: bool = False):
     from importlib.metadata import version
 
     if sparse:
-        raise ValueError("Expected sparse=False: on x86 with AVX, XNNPACK ignores that weights are sparse. Got True.")
+        raise ValueError("Expected sparse=False: XNNPACK ignores it on x86 with AVX; no other CPU was tried. Got True.")
 
     from ai_edge_litert.interpreter import Interpreter
 

@@ -1,6 +1,6 @@
 """MNN, float32 ("high" precision). `sparse`: the converter looks for weights whose zeros its sparse kernels can use.
 
-Its wheel holds AVX2 kernels only.
+Its wheel for x86 holds AVX2 kernels only.
 """
 
 from pathlib import Path
