@@ -1,5 +1,6 @@
 """The notebook runner, on small notebooks in a checkout of their own."""
 
+import functools
 import json
 import os
 import signal
@@ -185,7 +186,10 @@ def test_an_interrupt_ends_the_kernel_and_still_shows_the_table(checkout, write_
     write_notebook("zz_next", "pass")
     command = [sys.executable, HOUSE / "notebooks" / "reproduce.py"]  # from wherever one is
     environment = os.environ | {"PYTHONPATH": str(HOUSE)}
-    runner = subprocess.Popen(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # what a shell starts with "&" ignores Ctrl-C
+    runner = subprocess.Popen(
+        command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     deadline = time.monotonic() + 60
     while not (checkout / "pid").exists() or not (checkout / "pid").read_text():
         assert time.monotonic() < deadline and runner.poll() is None
