@@ -20,7 +20,6 @@ from benchmarks.peers import record
 from benchmarks.peers.catalogue import PEERS
 from benchmarks.peers.contest import contest
 from benchmarks.peers.subject import NETWORKS
-from nbs_lib import paths
 from nbs_lib.models import MODELS
 
 SHOWN = ["engine", "engine_version", "reached_rate", "median_ms", "mad_ms", "ratio", "ratio_lo", "ratio_hi", "error"]
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15, help="timed samples of each")
-    parser.add_argument("--csv", type=Path, default=paths.data_dir() / "measured" / "host" / "peers.csv")
+    parser.add_argument("--csv", type=Path, default=record.on_record())
     parser.add_argument("--again", action="store_true", help="measure also what is in the file already")
     parser.add_argument("--list", action="store_true", help="say what would run, and stop")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from benchmarks.peers.environment import PeerFailed, python_of
 from benchmarks.peers.rounds import WARMUP, alternate
 from benchmarks.peers.subject import Subject, exists
 from benchmarks.peers.worker import Worker
-from nbs_lib import clock, paths
+from nbs_lib import clock
 from nbs_lib.measure import cache, schema
 
 
@@ -54,7 +54,7 @@ def contest(
 def results(networks, threads: int, names: list[str], rounds: int, live: bool, keep: bool) -> pd.DataFrame:
     """What a notebook draws: `record.latest` of `networks` and `threads`. `live`: `names` take turns now, and their
     rows join the file on record if `keep`. Otherwise that file is read. RuntimeError where it has no such network."""
-    file = paths.data_dir() / "measured" / "host" / "peers.csv"
+    file = record.on_record()
     if live:
         with TemporaryDirectory() as folder:
             target = file if keep else Path(folder) / "peers.csv"

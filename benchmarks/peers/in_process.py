@@ -1,6 +1,6 @@
 """Dense engines to stand beside: each takes the same PyTorch module and becomes a callable, NumPy in and out.
 
-All run float32 in evaluation mode on the threads asked for, from a copy of the module whose weights below 1e-30 are
+All run float32 in evaluation mode on the threads asked for, from a copy of the module whose weights below TINY are
 zero: denormals would slow them and flatter us. `engine`, `version`, `threads` and `example_inputs` are attributes.
 """
 
@@ -12,12 +12,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from nbs_lib.compiler.fuse import TINY
+
+
+def flush(model) -> None:
+    """Make parameters that the compiler takes for zero exact zeros, in place; none may require a gradient."""
+    for weight in model.parameters():
+        weight[weight.abs() < TINY] = 0
+
 
 def pytorch(model, example_inputs, threads: int = 1) -> Callable:
     """PyTorch eager. `example_inputs`: a tensor or a tuple of them. PyTorch's own thread count is restored."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for weight in model.parameters():
-        weight[weight.abs() < 1e-30] = 0
+    flush(model := copy.deepcopy(model).eval().requires_grad_(False))
 
     def run(*arrays: np.ndarray):
         before = torch.get_num_threads()

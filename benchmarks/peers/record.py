@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,17 @@ import pandas as pd
 
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.subject import OTHER_RATE, RATES, REMAINING, VARIANTS, Subject, exists
+from nbs_lib import paths
 from nbs_lib.clock import Comparison
 from nbs_lib.measure import cache, describe, host, schema
 
 ANCHOR = "prunemap"  # our dense network takes part in all turns: ratios are to it
 IDENTITY = ["model", "threads", "engine", "fingerprint"]
+
+
+def on_record() -> Path:
+    """The file of all rows."""
+    return paths.data_dir() / "measured" / "host" / "peers.csv"
 
 
 def fingerprint(name: str, peer: Peer) -> str:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 import nbs_lib as nbs
+from benchmarks.peers.in_process import flush
 from nbs_lib.models import CIFAR, MODELS, build
 from nbs_lib.paths import write_atomic
 from nbs_lib.schemes import Channel, Filter, Pattern, Unstructured
@@ -70,8 +71,7 @@ class Subject:
     def _pruned(self) -> tuple[torch.nn.Module, nbs.Mapping, nbs.Graph]:
         torch.manual_seed(self.seed)
         model = build(self.name).eval().requires_grad_(False)
-        for weight in model.parameters():
-            weight[weight.abs() < 1e-30] = 0  # denormals slow everybody
+        flush(model)  # denormals slow everybody
         graph, (conv, linear) = nbs.trace(model, self.x), VARIANTS[self.variant]
         if self.variant == "paper":
             mapping = nbs.paper_mapping(graph, *REMAINING[self.name], conv=conv, linear=linear)
